@@ -1,0 +1,71 @@
+"""ModelParallelConfig: the parallel sizes, the precision, and the rules between them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lite.config_field import Validated, knob
+
+
+@dataclass
+class ModelParallelConfig(Validated):
+    """What every parallel layer needs to know: sizes of the axes and the dtype it computes in.
+
+    Field names and defaults are Megatron's. `TransformerConfig` extends it.
+    """
+
+    tensor_model_parallel_size: int = knob(1, "Ranks over which each weight matrix is split (TP).")
+    pipeline_model_parallel_size: int = knob(1, "Stages into which the layers are split (PP).")
+    virtual_pipeline_model_parallel_size: int | None = knob(None, "Model chunks per pipeline rank.", flag=False)
+    sequence_parallel: bool = knob(
+        False, "Split activations along the sequence between the tensor parallel regions (norms, dropout, residual)."
+    )
+    context_parallel_size: int = knob(1, "Ranks over which each sequence is split (CP).")
+    hierarchical_context_parallel_sizes: list[int] | None = knob(
+        None, "Sizes of the inner and outer context parallel groups for --cp-comm-type a2a+p2p."
+    )
+    expert_model_parallel_size: int = knob(1, "Ranks over which the experts are distributed (EP).")
+    expert_tensor_parallel_size: int | None = knob(
+        None, "Ranks over which each expert's matrices are split (ETP); default: the tensor parallel size."
+    )
+
+    fp16: bool = knob(False, "Compute in float16 with loss scaling; parameters keep float32 masters.")
+    bf16: bool = knob(False, "Compute in bfloat16; parameters keep float32 masters.")
+    fp64: bool = knob(False, "Compute and store everything in float64, to verify a layout against another.")
+    params_dtype: torch.dtype = knob(torch.float32, "Compute dtype; follows --fp16, --bf16 and --fp64.", flag=False)
+    deterministic_mode: bool = knob(False, "Choose deterministic kernels, at some cost in speed.")
+
+    perform_initialization: bool = knob(True, "Fill new weights with initial values.", flag="--no-initialization")
+    use_cpu_initialization: bool = knob(False, "Draw initial weights on the CPU, whatever the training device.")
+
+    def __post_init__(self) -> None:
+        if self.expert_tensor_parallel_size is None:
+            self.expert_tensor_parallel_size = self.tensor_model_parallel_size
+        chosen = {torch.float16: self.fp16, torch.bfloat16: self.bf16, torch.float64: self.fp64}
+        for dtype, wanted in chosen.items():
+            if wanted:
+                self.params_dtype = dtype
+
+    @property
+    def main_params_dtype(self) -> torch.dtype:
+        """The dtype parameters are stored and updated in: float64 under --fp64, otherwise float32."""
+        return torch.float64 if self.params_dtype == torch.float64 else torch.float32
+
+    def violations(self) -> list[str]:
+        """Every rule these settings break, one sentence each."""
+        found = super().violations()
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+        ):
+            size = getattr(self, name)
+            if size < 1:
+                found.append(f"{name} is {size}, but a parallel size must be at least 1; 1 switches the axis off.")
+        dtypes = [name for name in ("fp16", "bf16", "fp64") if getattr(self, name)]
+        if len(dtypes) > 1:
+            flags = " and ".join(f"--{name}" for name in dtypes)
+            found.append(f"{flags} are given together, but a run computes in one dtype; keep one of them.")
+        return found

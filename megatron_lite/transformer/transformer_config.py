@@ -1,0 +1,222 @@
+"""TransformerConfig: the shape and the numerics of a stack of transformer layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_lite.config_field import knob
+from megatron_lite.model_parallel_config import ModelParallelConfig
+from megatron_lite.transformer.activations import quick_gelu, squared_relu
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` just below and above `value`, for error messages."""
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    return f"{below} or {above}" if below > 0 else f"{above}"
+
+
+@dataclass
+class TransformerConfig(ModelParallelConfig):
+    """Everything a transformer layer is built from. Field names and defaults are Megatron's, but dropout is 0.
+
+    Symbols used in docstrings: h = hidden_size, n = num_attention_heads, g = num_query_groups, d = kv_channels,
+    f = ffn_hidden_size, s = sequence, b = micro-batch.
+    """
+
+    # Shape
+    num_layers: int = knob(0, "Number of transformer layers.")
+    hidden_size: int = knob(0, "Width h of the residual stream.")
+    ffn_hidden_size: int | None = knob(
+        None, "Width f of the MLP; default 4 h, with a gated activation 2/3 of that, rounded to a multiple of 64."
+    )
+    num_attention_heads: int = knob(0, "Number of attention heads n.")
+    kv_channels: int | None = knob(None, "Width d of one head; default h / n.")
+    group_query_attention: bool = knob(False, "Share keys and values between heads; see --num-query-groups.")
+    num_query_groups: int | None = knob(None, "Number of key/value heads g; default n, or 1 with the flag above.")
+
+    # Layer contents
+    normalization: str = knob("LayerNorm", "Which norm stands before each block.", choices=("LayerNorm", "RMSNorm"))
+    layernorm_epsilon: float = knob(1e-5, "Epsilon inside the norms.", flag=("--norm-epsilon", "--layernorm-epsilon"))
+    layernorm_zero_centered_gamma: bool = knob(
+        False, "Store norm weights minus one, so that weight decay pulls towards one.", flag="--apply-layernorm-1p"
+    )
+    add_bias_linear: bool = knob(True, "Linear layers have biases.", flag="--disable-bias-linear")
+    add_qkv_bias: bool = knob(False, "The query-key-value projection has a bias even if other linears have none.")
+    qk_layernorm: bool = knob(False, "Normalize each query and key head before the attention scores.")
+    swiglu: bool = knob(False, "Gated MLP: silu(gate) * up.")
+    geglu: bool = knob(False, "Gated MLP: gelu(gate) * up.")
+    quick_geglu: bool = knob(False, "Gated MLP: gate * sigmoid(1.702 gate) * up.")
+    squared_relu: bool = knob(False, "MLP activation: relu(x) squared.")
+    openai_gelu: bool = knob(False, "The tanh form of gelu as OpenAI wrote it.")
+    activation_func: Callable[[torch.Tensor], torch.Tensor] = knob(F.gelu, "MLP activation.", flag=False)
+    gated_linear_unit: bool = knob(False, "The MLP multiplies its activation by a second projection.", flag=False)
+    window_size: tuple[int, int] | None = knob(
+        None, "Sliding-window attention: positions visible to the left and right, such as 4095,0; -1 is unlimited."
+    )
+    window_attn_skip_freq: int | list[int] | None = knob(
+        None, "Layers with full attention among sliding-window ones: every N-th, or a list of 0 (full) and 1 (window)."
+    )
+    softmax_scale: float | None = knob(None, "Scale of the attention scores; default 1 / sqrt(d).", flag=False)
+    apply_residual_connection_post_layernorm: bool = knob(
+        False, "The residual connection starts from the norm's output instead of its input."
+    )
+
+    # Regularization (Megatron's default is 0.1 for both)
+    hidden_dropout: float = knob(0.0, "Dropout after the embedding and at the end of each block.")
+    attention_dropout: float = knob(0.0, "Dropout on the attention probabilities.")
+
+    # Numerics
+    attention_softmax_in_fp32: bool = knob(True, "Attention softmax in float32; every backend here does so.", flag=False)
+    apply_query_key_layer_scaling: bool = knob(
+        False, "Divide the scores by the layer number before and multiply after the cast, for fp16."
+    )
+    fp32_residual_connection: bool = knob(False, "Keep the residual stream in float32.")
+    attention_backend: str = knob(
+        "auto",
+        "Attention implementation: auto lets torch choose, flash and fused (cuDNN) insist, unfused is plain math.",
+        choices=("auto", "flash", "fused", "unfused", "local"),
+    )
+    transformer_impl: str = knob(
+        "auto",
+        "auto uses the fastest implementation present; local uses torch only; transformer_engine insists on that package.",
+        choices=("auto", "local", "transformer_engine"),
+    )
+
+    # Initial values
+    init_method_std: float = knob(0.02, "Standard deviation of the initial weights.")
+    embedding_init_method_std: float | None = knob(None, "The same for the embeddings; default --init-method-std.")
+    init_method_xavier_uniform: bool = knob(False, "Draw initial weights from Xavier's uniform distribution.")
+    init_method: Callable[[torch.Tensor], Any] | None = knob(None, "Fills a weight; default normal.", flag=False)
+    output_layer_init_method: Callable[[torch.Tensor], Any] | None = knob(
+        None, "Fills the last matrix of each block; default normal, std / sqrt(2 num_layers).", flag=False
+    )
+    embedding_init_method: Callable[[torch.Tensor], Any] | None = knob(None, "Fills the embeddings.", flag=False)
+
+    # Loss
+    calculate_per_token_loss: bool = knob(
+        True,
+        "Weigh every valid token of the global batch alike; off: mean over micro-batches of their token means.",
+        flag=("--calculate-per-token-loss", "--no-calculate-per-token-loss"),
+    )
+
+    # Activation recomputation
+    recompute_granularity: str | None = knob(
+        None,
+        "What to recompute in the backward pass instead of storing: parts of a layer, or whole layers.",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = knob(
+        None, "full: uniform splits layers into equal chunks, block takes the first layers.", choices=("uniform", "block")
+    )
+    recompute_num_layers: int | None = knob(None, "full: layers per chunk (uniform) or layers recomputed (block).")
+    recompute_modules: list[str] | None = knob(
+        None, "selective: which parts; default core_attn.", choices=("core_attn", "mlp", "layernorm")
+    )
+    distribute_saved_activations: bool = knob(False, "full: split the stored layer inputs over the TP ranks.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choose_activation()
+        if self.num_query_groups is None:
+            self.num_query_groups = 1 if self.group_query_attention else self.num_attention_heads
+        if self.kv_channels is None and self.num_attention_heads > 0:
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        if self.ffn_hidden_size is None:
+            # Llama's convention keeps the parameter count of a gated MLP near that of a plain one.
+            full = 4 * self.hidden_size
+            self.ffn_hidden_size = int(full * 2 / 3 / 64) * 64 if self.gated_linear_unit else full
+        if self.recompute_granularity == "selective" and self.recompute_modules is None:
+            self.recompute_modules = ["core_attn"]
+        self._choose_init_methods()
+
+    def _choose_activation(self) -> None:
+        for flag, function, gated in (
+            ("swiglu", F.silu, True),
+            ("geglu", F.gelu, True),
+            ("quick_geglu", quick_gelu, True),
+            ("squared_relu", squared_relu, False),
+        ):
+            if getattr(self, flag):
+                self.activation_func, self.gated_linear_unit = function, gated
+
+    def _choose_init_methods(self) -> None:
+        std, layers = self.init_method_std, max(self.num_layers, 1)
+        embedding_std = std if self.embedding_init_method_std is None else self.embedding_init_method_std
+        if self.init_method_xavier_uniform:
+            self.init_method = self.init_method or torch.nn.init.xavier_uniform_
+            self.output_layer_init_method = self.output_layer_init_method or torch.nn.init.xavier_uniform_
+        self.init_method = self.init_method or normal_init(std)
+        self.output_layer_init_method = self.output_layer_init_method or normal_init(std / (2.0 * layers) ** 0.5)
+        self.embedding_init_method = self.embedding_init_method or normal_init(embedding_std)
+
+    def violations(self) -> list[str]:
+        """Every rule these settings break, one sentence each."""
+        found = super().violations()
+        heads, groups, tp = self.num_attention_heads, self.num_query_groups or 0, self.tensor_model_parallel_size
+        if heads > 0:
+            if heads % max(tp, 1):
+                found.append(
+                    f"num_attention_heads is {heads}, but it must be a multiple of tensor_model_parallel_size ({tp}); "
+                    f"use {nearest_multiples(heads, tp)} heads, or a tensor parallel size that divides {heads}."
+                )
+            if groups < 1 or heads % groups:
+                found.append(
+                    f"num_query_groups is {groups}, but it must divide num_attention_heads ({heads}); "
+                    f"{divisors(heads)} do."
+                )
+            elif groups % max(tp, 1):
+                found.append(
+                    f"num_query_groups is {groups}, but it must be a multiple of tensor_model_parallel_size ({tp}), "
+                    f"because each rank holds whole key/value heads; use a tensor parallel size among {divisors(groups)}."
+                )
+            if self.kv_channels is not None and self.hidden_size % heads and self.kv_channels * heads == 0:
+                found.append(f"hidden_size is {self.hidden_size} with {heads} heads; give --kv-channels.")
+        if self.ffn_hidden_size and self.ffn_hidden_size % max(tp, 1):
+            found.append(
+                f"ffn_hidden_size is {self.ffn_hidden_size}, but it must be a multiple of tensor_model_parallel_size "
+                f"({tp}); use {nearest_multiples(self.ffn_hidden_size, tp)}."
+            )
+        activations = [name for name in ("swiglu", "geglu", "quick_geglu", "squared_relu") if getattr(self, name)]
+        if len(activations) > 1:
+            found.append(f"{' and '.join(activations)} are given together; an MLP has one activation, keep one.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                found.append(f"{name} is {getattr(self, name)}, but it is a probability: 0 <= value < 1.")
+        return found + self._recompute_violations()
+
+    def _recompute_violations(self) -> list[str]:
+        found = []
+        if self.recompute_granularity == "full":
+            if self.recompute_method is None or self.recompute_num_layers is None:
+                found.append(
+                    "recompute_granularity is full, which needs --recompute-method (uniform or block) and "
+                    "--recompute-num-layers; give both, for example uniform and 1."
+                )
+            elif self.num_layers and not 1 <= self.recompute_num_layers <= self.num_layers:
+                found.append(
+                    f"recompute_num_layers is {self.recompute_num_layers}, but it must lie between 1 and num_layers "
+                    f"({self.num_layers})."
+                )
+        elif self.recompute_method is not None or self.recompute_num_layers is not None:
+            found.append(
+                "recompute_method and recompute_num_layers belong to --recompute-granularity full, which is not set; "
+                "set it, or leave them out."
+            )
+        return found
+
+
+def normal_init(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An initializer that draws from a normal distribution of mean 0 and the given standard deviation."""
+
+    def initialize(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(tensor, mean=0.0, std=std)
+
+    return initialize
+
+
+def divisors(value: int) -> str:
+    """The divisors of `value` as text, for error messages."""
+    return ", ".join(str(candidate) for candidate in range(1, value + 1) if value % candidate == 0)
