@@ -1,0 +1,69 @@
+"""Process groups as values: the collection a model is built with, and sizes that also hold for no group at all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from torch.distributed import ProcessGroup
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """Number of ranks in `group`; 1 when there is none (a single process)."""
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    """This process's rank in `group`; 0 when there is none (a single process)."""
+    return 0 if group is None else group.rank()
+
+
+@dataclass
+class ProcessGroupCollection:
+    """The process groups a model, its optimizer and its schedule are built with, under Megatron's names.
+
+    A group that is None stands for this process alone. `intra_*` groups hold the shards of one distributed
+    optimizer instance, `inter_*` groups the replicas of one shard.
+    """
+
+    tp: ProcessGroup | None = None
+    pp: ProcessGroup | None = None
+    mp: ProcessGroup | None = None
+    embd: ProcessGroup | None = None
+    pos_embd: ProcessGroup | None = None
+    cp: ProcessGroup | None = None
+    tp_cp: ProcessGroup | None = None
+    hcp: list[ProcessGroup] | None = None
+    ep: ProcessGroup | None = None
+    expt_tp: ProcessGroup | None = None
+    tp_ep: ProcessGroup | None = None
+    tp_ep_pp: ProcessGroup | None = None
+    tp_dp: ProcessGroup | None = None
+    tp_dp_cp: ProcessGroup | None = None
+    dp: ProcessGroup | None = None
+    dp_cp: ProcessGroup | None = None
+    expt_dp: ProcessGroup | None = None
+    intra_dp_cp: ProcessGroup | None = None
+    inter_dp_cp: ProcessGroup | None = None
+    intra_expt_dp: ProcessGroup | None = None
+    intra_dist_opt: ProcessGroup | None = None
+    inter_dist_opt: ProcessGroup | None = None
+
+    @classmethod
+    def use_mpu_process_groups(cls, required_pgs: Sequence[str] | None = None) -> "ProcessGroupCollection":
+        """The groups `parallel_state.initialize_model_parallel` made; all None before it ran.
+
+        Args:
+            required_pgs: names to fill in; all of them when left out.
+
+        Raises:
+            ValueError: a name that is not a field of this class.
+        """
+        from megatron_lite import parallel_state  # parallel_state uses group_size and group_rank from here
+
+        known = [field.name for field in fields(cls)]
+        names = known if required_pgs is None else list(required_pgs)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such process group; the names are {', '.join(known)}.")
+        if not parallel_state.is_initialized():
+            return cls()
+        return cls(**{name: parallel_state.get_group(name) for name in names})
