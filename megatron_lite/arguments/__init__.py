@@ -1,0 +1,80 @@
+"""From a command line and a YAML file to one validated RunConfig.
+
+The fields of the configuration dataclasses are the flags (`options`), `command_line` reads them, `validation` checks
+the rules between them, `show` prints them.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from megatron_lite.arguments.command_line import Settings, build_parser, read_settings
+from megatron_lite.arguments.run_config import GROUPS, RunConfig
+from megatron_lite.arguments.show import config_as_yaml
+from megatron_lite.arguments.validation import all_violations, validate
+from megatron_lite.errors import ConfigError
+
+__all__ = ["RunConfig", "build_parser", "build_run_config", "config_as_yaml", "parse_args", "read_settings", "validate"]
+
+
+def parse_args(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> RunConfig:
+    """The validated, read-only configuration of this run.
+
+    Args:
+        argv: the words of the command line; default: those of this process.
+        defaults: field -> value, weaker than the command line and the `--config` file.
+
+    Raises:
+        ConfigError: with everything that is wrong at once.
+        SystemExit: after `--help` or `--print-config`.
+    """
+    settings = read_settings(argv, defaults)
+    run = build_run_config(settings)
+    problems = settings.problems + all_violations(run)
+    if problems:
+        raise ConfigError.from_violations(problems)
+    if settings.print_config:
+        print(config_as_yaml(run, settings), end="")
+        raise SystemExit(0)
+    run.freeze()
+    return run
+
+
+def build_run_config(settings: Settings) -> RunConfig:
+    """The settings as dataclasses, with the values that depend on each other filled in; not validated yet."""
+    types = get_type_hints(RunConfig)
+    groups = {}
+    for name in GROUPS:
+        own = {field.name for field in dataclasses.fields(types[name]) if field.init}
+        groups[name] = types[name](**{key: value for key, (value, _) in settings.values.items() if key in own})
+    run = RunConfig(**groups, dry_run=settings.dry_run)
+    run.world_size = _world_size(settings)
+    notices = settings.notices + _settle(run)
+    run.notices = tuple(notices)
+    return run
+
+
+def _world_size(settings: Settings) -> int:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.world_size is None:
+        return launched
+    if not settings.dry_run and settings.world_size != launched:
+        settings.problems.append(
+            f"--world-size is {settings.world_size}, but {launched} ranks were started: start them with torchrun "
+            "--nproc-per-node, or add --dry-run to describe a cluster that is not there."
+        )
+    if settings.world_size < 1:
+        settings.problems.append(f"--world-size is {settings.world_size}, but there must be at least 1 rank.")
+    return settings.world_size
+
+
+def _settle(run: RunConfig) -> list[str]:
+    """Fill in what follows from other groups; says what it switched off."""
+    notices = []
+    if run.transformer.sequence_parallel and run.transformer.tensor_model_parallel_size == 1:
+        run.transformer.sequence_parallel = False
+        notices.append("--sequence-parallel: switched off, because tensor_model_parallel_size is 1.")
+    if run.gpt.max_position_embeddings is None:
+        run.gpt.max_position_embeddings = run.data.seq_length
+    return notices

@@ -1,0 +1,230 @@
+"""The argparse parser, generated from the options, and what a person wrote on the command line and in the file."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from megatron_lite.arguments.convert import NO, YES, convert, takes_many
+from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags, compat_keys, judge
+from megatron_lite.arguments.options import Option, all_options, keys
+from megatron_lite.arguments.run_config import GROUPS
+from megatron_lite.arguments.yaml_file import read_yaml
+from megatron_lite.errors import ConfigError
+
+TITLES = {
+    "transformer": "network size, precision and model parallelism",
+    "gpt": "embeddings and positions",
+    "ddp": "data parallelism",
+    "optimizer": "optimizer and regularization",
+    "scheduler": "learning rate and weight decay",
+    "data": "data and dataloader",
+    "tokenizer": "tokenizer",
+    "training": "training",
+    "validation": "validation",
+    "logger": "logging",
+    "rng": "random numbers",
+    "profiling": "profiling",
+    "distributed": "distributed init",
+    "checkpoint": "checkpointing",
+}
+EPILOG = (
+    "Further flags of Megatron-LM are accepted without effect (fused kernels, communication overlap) or refused with a "
+    "reason. A key of a --config file is a flag without its dashes, `-` written as `_`; a flag wins over the file."
+)
+
+
+@dataclass
+class Settings:
+    """What was asked for, before it becomes a RunConfig.
+
+    Attributes:
+        values: field -> (value, origin).
+        problems: what is wrong with the words themselves: unknown, of the wrong type, refused.
+        notices: accepted Megatron flags that change nothing.
+    """
+
+    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    config: str | None = None
+    print_config: bool = False
+    dry_run: bool = False
+    world_size: int | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help lists the flags.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all flags. Its namespace holds only what was given, as text; `read_settings` converts it."""
+    parser = _Parser(
+        prog="pretrain_gpt.py",
+        description="Pretrain a GPT model with tensor, sequence and data parallelism, on CPUs or GPUs.",
+        epilog=EPILOG,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("--config", "--yaml-cfg", metavar="FILE", help="YAML file of settings, such as a preset.")
+    general.add_argument(
+        "--print-config", action="store_true", help="Print every setting and where it came from as YAML, and exit."
+    )
+    general.add_argument(
+        "--dry-run", action="store_true", help="Validate, print layout, parameters and memory of a rank, and exit."
+    )
+    general.add_argument("--world-size", metavar="N", help="Ranks that a --dry-run imagines; default 1.")
+    groups = {name: parser.add_argument_group(TITLES[name]) for name in GROUPS}
+    for option in all_options():
+        _add_option(groups[option.group], option)
+    for name, (target, value) in ALIASES.items():
+        text = f"Same as --{target.replace('_', '-')} {value or 'N'}."
+        if value is None:
+            parser.add_argument(name, dest=name, help=text, metavar="N")
+        else:
+            parser.add_argument(name, dest=name, action="store_true", help=text)
+    for flag in compat_flags().values():
+        if flag.nargs == 0:
+            parser.add_argument(flag.name, dest=flag.name, action="store_true", help=argparse.SUPPRESS)
+        else:
+            nargs = None if flag.nargs == 1 else "*"
+            parser.add_argument(flag.name, dest=flag.name, nargs=nargs, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
+    text = option.help.replace("%", "%%")
+    if option.choices:
+        text += f" Choices: {', '.join(str(choice) for choice in option.choices)}."
+    if option.default not in (None, False, True, []):
+        text += f" Default: {option.default}."
+    if not option.is_switch:
+        metavar = option.metavar or ("N" if option.hint is int or option.hint == int | None else "VALUE")
+        nargs = "*" if takes_many(option.hint) else None
+        group.add_argument(*option.flags, dest=option.field, nargs=nargs, metavar=metavar, help=text)
+        return
+    for spelling, value in option.flags.items():
+        shown = text if spelling in option.shown else argparse.SUPPRESS
+        if spelling in option.shown and value is False and not spelling.startswith(("--no-", "--disable-")):
+            shown = f"Not: {text}"
+        elif spelling in option.shown and value is False:
+            shown = f"Switch off: {text}"
+        group.add_argument(spelling, dest=option.field, action="store_const", const=value, help=shown)
+
+
+def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = None) -> Settings:
+    """Command line over `--config` file over `defaults` (field -> value).
+
+    Raises:
+        ConfigError: the file cannot be read, or a flag lacks its value. All other problems are collected.
+    """
+    namespace, unknown = build_parser().parse_known_args(argv)
+    given = vars(namespace)
+    settings = Settings(
+        config=given.pop("config", None),
+        print_config=given.pop("print_config", False),
+        dry_run=given.pop("dry_run", False),
+    )
+    world_size = given.pop("world_size", None)
+    if world_size is not None:
+        settings.world_size = _convert(settings, world_size, int, "--world-size", "the command line")
+    for name, value in (defaults or {}).items():
+        settings.values[name] = (value, "default of this program")
+    compat: dict[str, Any] = {}
+    if settings.config is not None:
+        _read_file(settings, settings.config, compat)
+    _read_flags(settings, given, compat)
+    _report_unknown(settings, unknown)
+    notices, violations = judge(compat)
+    settings.notices += notices
+    settings.problems += violations
+    return settings
+
+
+def _read_flags(settings: Settings, given: dict[str, Any], compat: dict[str, Any]) -> None:
+    hints = {option.field: option.hint for option in all_options()}
+    for alias, (target, value) in ALIASES.items():
+        if alias in given:
+            raw = given.pop(alias)
+            given.setdefault(target, raw if value is None else value)
+    for name, raw in given.items():
+        if name in hints:
+            _set(settings, name, raw, hints[name], "command line")
+        else:
+            compat[name] = raw
+
+
+def _read_file(settings: Settings, path: str, compat: dict[str, Any]) -> None:
+    for entry in read_yaml(path, GROUPS):
+        key = entry.key.replace("-", "_")
+        if key in keys():
+            option, meaning = keys()[key]
+            if option.is_switch and meaning is False:
+                _set_opposite(settings, option, entry.value, entry.where)
+            else:
+                _set(settings, option.field, entry.value, option.hint, entry.where)
+        elif dashed_alias(key) in ALIASES:
+            target, value = ALIASES[dashed_alias(key)]
+            if value is None or str(entry.value).lower() in YES:
+                hint = keys()[target][0].hint
+                _set(settings, target, entry.value if value is None else value, hint, entry.where)
+        elif key in compat_keys():
+            if entry.value is not None and str(entry.value).lower() not in NO[:3]:
+                compat[compat_keys()[key].name] = entry.value
+        else:
+            settings.problems.append(f"{entry.where}: {entry.key} is not a setting{_closest(key, list(keys()))}.")
+
+
+def dashed_alias(key: str) -> str:
+    """The flag that a YAML key stands for."""
+    return "--" + key.replace("_", "-")
+
+
+def _set(settings: Settings, name: str, raw: Any, hint: Any, origin: str) -> None:
+    value = _convert(settings, raw, hint, name, origin)
+    if value is not None or raw is None:
+        settings.values[name] = (value, origin)
+
+
+def _set_opposite(settings: Settings, option: Option, raw: Any, origin: str) -> None:
+    value = _convert(settings, raw, bool, option.field, origin)
+    if value is not None:
+        settings.values[option.field] = (not value, origin)
+
+
+def _convert(settings: Settings, raw: Any, hint: Any, name: str, origin: str) -> Any:
+    if isinstance(raw, bool):
+        return raw
+    raw = _unquoted(raw)
+    try:
+        return convert(raw, hint)
+    except ValueError as error:
+        shown = " ".join(map(str, raw)) if isinstance(raw, list) else raw
+        settings.problems.append(f"{name} is {shown!r} ({origin}), but must be {error}.")
+        return None
+
+
+def _unquoted(raw: Any) -> Any:
+    """Scripts that keep flags in a bash array often pass quotes on: '99,1,0' with the quotes inside the word."""
+    if isinstance(raw, str) and re.fullmatch(r"'[^']*'|\"[^\"]*\"", raw):
+        return raw[1:-1]
+    return raw
+
+
+def _report_unknown(settings: Settings, unknown: list[str]) -> None:
+    flags = [word for word in unknown if word.startswith("-")]
+    known = [name for option in all_options() for name in option.flags] + list(compat_flags()) + list(ALIASES)
+    for flag in flags:
+        name = flag.partition("=")[0]
+        settings.problems.append(f"{name} is not a flag{_closest(name, known)}.")
+    if unknown and not flags:
+        settings.problems.append(f"{' '.join(unknown)!r} on the command line belongs to no flag; put a flag before it.")
+
+
+def _closest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; the closest is {found[0]}" if found else "; --help lists what there is"

@@ -1,0 +1,188 @@
+"""The rules between groups of settings. Rules inside one group are that group's `violations()`."""
+
+from collections.abc import Iterator
+
+from megatron_lite.arguments.run_config import RunConfig
+from megatron_lite.errors import ConfigError
+from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
+from megatron_lite.transformer.transformer_config import divisors, nearest_multiples
+
+NOT_YET = {
+    "context_parallel_size": "context parallelism comes in a later version",
+    "pipeline_model_parallel_size": "pipeline parallelism comes in a later version",
+    "expert_model_parallel_size": "expert parallelism comes in a later version",
+}
+
+
+def all_violations(run: RunConfig) -> list[str]:
+    """Every rule the run breaks, inside and between its groups, one sentence each."""
+    found = run.violations()
+    # Later rules compute with the sizes, so sizes that make no sense are reported alone.
+    rules = (_required,) if _sizes_are_broken(run) else (_required, _layout, _sequence, _batch, _duration, _features)
+    for rule in rules:
+        found += rule(run)
+    return list(dict.fromkeys(found))
+
+
+def validate(run: RunConfig) -> RunConfig:
+    """`run` itself, frozen, if it breaks no rule.
+
+    Raises:
+        ConfigError: with every violated rule at once.
+    """
+    found = all_violations(run)
+    if found:
+        raise ConfigError.from_violations(found)
+    run.freeze()
+    return run
+
+
+def _sizes_are_broken(run: RunConfig) -> bool:
+    sizes = run.transformer
+    numbers = (
+        sizes.tensor_model_parallel_size,
+        sizes.pipeline_model_parallel_size,
+        sizes.context_parallel_size,
+        sizes.expert_model_parallel_size,
+        sizes.expert_tensor_parallel_size or 1,
+        run.world_size,
+        1 if run.training.micro_batch_size is None else run.training.micro_batch_size,
+        1 if run.training.global_batch_size is None else run.training.global_batch_size,
+    )
+    return min(numbers) < 1
+
+
+def _required(run: RunConfig) -> Iterator[str]:
+    needed = {
+        "num_layers": run.transformer.num_layers,
+        "hidden_size": run.transformer.hidden_size,
+        "num_attention_heads": run.transformer.num_attention_heads,
+        "seq_length": run.data.seq_length,
+    }
+    for name, value in needed.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value == 0:
+            yield f"{name} is not given, but every model has one: write {flag} N, or start from --config configs/NAME.yaml."
+        elif value < 0:
+            yield f"{name} is {value}, but must be at least 1: write {flag} 1 or more."
+
+
+def _layout(run: RunConfig) -> Iterator[str]:
+    sizes, world = run.transformer, run.world_size
+    for name, reason in NOT_YET.items():
+        size = getattr(sizes, name)
+        if size > 1:
+            yield f"{name} is {size}, but {reason}: write --{name.replace('_', '-')} 1."
+    tp, cp, pp = sizes.tensor_model_parallel_size, sizes.context_parallel_size, sizes.pipeline_model_parallel_size
+    dense = tp * cp * pp
+    if world % dense:
+        yield (
+            f"world_size is {world}, but must be a multiple of tensor x context x pipeline parallel size "
+            f"({tp} x {cp} x {pp} = {dense}): start {nearest_multiples(world, dense)} ranks, or choose sizes whose product "
+            f"divides {world}."
+        )
+    etp, ep = sizes.expert_tensor_parallel_size or tp, sizes.expert_model_parallel_size
+    expert = etp * ep * pp
+    if world % expert and expert != dense:
+        yield (
+            f"world_size is {world}, but must be a multiple of expert tensor x expert x pipeline parallel size "
+            f"({etp} x {ep} x {pp} = {expert}): start {nearest_multiples(world, expert)} ranks, or choose smaller sizes."
+        )
+    ranks = run.data_parallel_size * cp
+    instances = run.ddp.num_distributed_optimizer_instances
+    if world % dense == 0 and (instances < 1 or ranks % instances):
+        yield (
+            f"num_distributed_optimizer_instances is {instances}, but must divide data x context parallel size ({ranks}): "
+            f"use one of {divisors(ranks)}."
+        )
+
+
+def _sequence(run: RunConfig) -> Iterator[str]:
+    length, sizes = run.data.seq_length, run.transformer
+    if not length or length < 0:
+        return
+    longest = run.gpt.max_position_embeddings
+    if longest is not None and length > longest:
+        yield (
+            f"seq_length is {length}, but must be at most max_position_embeddings ({longest}): write --seq-length {longest} "
+            f"or --max-position-embeddings {length}."
+        )
+    tp, cp = sizes.tensor_model_parallel_size, sizes.context_parallel_size
+    if cp > 1 and length % (2 * cp):
+        yield (
+            f"seq_length is {length}, but must be a multiple of 2 x context_parallel_size ({2 * cp}): "
+            f"write --seq-length {nearest_multiples(length, 2 * cp)}."
+        )
+    if sizes.sequence_parallel and length % (tp * cp):
+        yield (
+            f"seq_length is {length}, but sequence parallelism needs a multiple of tensor x context parallel size "
+            f"({tp} x {cp} = {tp * cp}): write --seq-length {nearest_multiples(length, tp * cp)}."
+        )
+
+
+def _batch(run: RunConfig) -> Iterator[str]:
+    training, sizes = run.training, run.transformer
+    model_ranks = (
+        sizes.tensor_model_parallel_size * sizes.context_parallel_size * sizes.pipeline_model_parallel_size
+    )
+    if training.micro_batch_size is None or run.world_size % model_ranks:
+        return
+    try:
+        build_num_microbatches_calculator(
+            training.rampup_batch_size,
+            training.global_batch_size,
+            training.micro_batch_size,
+            run.data_parallel_size,
+            training.decrease_batch_size_if_needed,
+            training.step_batch_size_schedule,
+        )
+    except ConfigError as error:
+        yield str(error)
+    if training.rampup_batch_size is not None and training.train_iters is not None:
+        yield (
+            f"rampup_batch_size is {training.rampup_batch_size} with train_iters {training.train_iters}, but a growing "
+            "batch is counted in samples: write --train-samples N instead of --train-iters."
+        )
+
+
+def _duration(run: RunConfig) -> Iterator[str]:
+    training, schedule = run.training, run.scheduler
+    if run.validation.skip_train:
+        return
+    if run.optimizer.lr is None:
+        yield "lr is not given, but the optimizer needs it: write --lr, for example 3e-4."
+    if training.train_iters is None and training.train_samples is None:
+        yield "Neither train_iters nor train_samples is given, but a run must end: write --train-iters N."
+        return
+    unit, other = ("iters", "samples") if training.train_iters is not None else ("samples", "iters")
+    for name in (f"lr_decay_{other}", f"lr_warmup_{other}", f"lr_wsd_decay_{other}"):
+        value = getattr(schedule, name)
+        if value:
+            right = name.removesuffix(other) + unit
+            yield (
+                f"{name} is {value}, but the length of this run is given by train_{unit}: "
+                f"write --{right.replace('_', '-')} instead."
+            )
+    decay = getattr(schedule, f"lr_decay_{unit}") or getattr(training, f"train_{unit}")
+    warmup = getattr(schedule, f"lr_warmup_{unit}")
+    if warmup and decay and warmup >= decay:
+        yield (
+            f"lr_warmup_{unit} is {warmup}, but the warm-up must end before the decay does ({decay} {unit}): "
+            f"write --lr-warmup-{unit} {max(decay // 10, 1)} or --lr-decay-{unit} more than {warmup}."
+        )
+
+
+def _features(run: RunConfig) -> Iterator[str]:
+    sizes = run.transformer
+    if sizes.fp32_residual_connection and not (sizes.fp16 or sizes.bf16):
+        yield "fp32_residual_connection is set, but everything is computed in full precision: add --bf16 or leave it out."
+    if sizes.distribute_saved_activations:
+        if sizes.tensor_model_parallel_size == 1 or sizes.recompute_granularity != "full" or sizes.sequence_parallel:
+            yield (
+                f"distribute_saved_activations is set with tensor_model_parallel_size {sizes.tensor_model_parallel_size}, "
+                f"recompute_granularity {sizes.recompute_granularity} and sequence_parallel {sizes.sequence_parallel}, but "
+                "splits what full recomputation stores over tensor ranks without sequence parallelism: write "
+                "--recompute-granularity full and a tensor parallel size above 1, or leave it out."
+            )
+    if run.logger.log_progress and run.checkpoint.save is None:
+        yield "log_progress is set, but progress.txt lies in the checkpoint folder: write --save FOLDER."
