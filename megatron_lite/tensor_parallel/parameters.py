@@ -1,0 +1,175 @@
+"""What the framework must know of a parameter, declared once and kept on the module that owns it.
+
+FSDP2 replaces Parameter objects and attributes on them are lost, so the declaration lives in
+`module.parameter_specs[name]`. How a parameter is split, its DTensor placement says.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from megatron_lite import parallel_state
+from megatron_lite.errors import ConfigError
+from megatron_lite.process_groups import group_rank, group_size
+from megatron_lite.tensor_parallel.utils import divide
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Declaration of one parameter.
+
+    Attributes:
+        init_method: fills the full logical tensor in place from the ambient random state.
+        partial_over_tp: after backward the local gradient is a partial sum over tensor parallel ranks and must be
+            summed (norms, row biases and gates under sequence parallelism; q and k norms always).
+        is_expert: the parameter belongs to a routed expert (a property of the parameter, never of a size).
+        apply_weight_decay: None decides by the rule "not 1-D and not a bias" on the logical shape.
+    """
+
+    init_method: Callable[[Tensor], Any]
+    partial_over_tp: bool = False
+    is_expert: bool = False
+    apply_weight_decay: bool | None = None
+
+
+def declare_parameter(module: nn.Module, name: str, spec: ParameterSpec) -> None:
+    """Attach the declaration of `module.<name>`."""
+    module.__dict__.setdefault("parameter_specs", {})[name] = spec
+
+
+def create_parameter(
+    module: nn.Module,
+    name: str,
+    global_shape: tuple[int, ...],
+    *,
+    init_method: Callable[[Tensor], Any],
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    shard_dim: int | None = None,
+    group: ProcessGroup | None = None,
+    partial_over_tp: bool = False,
+    is_expert: bool = False,
+    apply_weight_decay: bool | None = None,
+    perform_initialization: bool = True,
+) -> nn.Parameter:
+    """Register a parameter of logical shape `global_shape` on `module`, holding this rank's shard.
+
+    Split over `group` along `shard_dim` it is a DTensor on the group's 1-D mesh (for a group of size 1 too); replicated
+    (shard_dim None) or with no process group it is a plain tensor. Unless on the meta device it is filled from the
+    ambient random state by drawing the full tensor and slicing, so equal seeds give weights independent of the layout.
+
+    Raises:
+        ConfigError: the group's size does not divide the dimension.
+    """
+    declare_parameter(module, name, ParameterSpec(init_method, partial_over_tp, is_expert, apply_weight_decay))
+    shape = list(global_shape)
+    shards, shard = (1, 0) if shard_dim is None else (group_size(group), group_rank(group))
+    if shard_dim is not None:
+        shape[shard_dim] = divide(shape[shard_dim], shards)
+    local_tensor = torch.empty(shape, dtype=dtype, device=device)
+    if perform_initialization and not local_tensor.is_meta:
+        with torch.no_grad():
+            if shards == 1:
+                init_method(local_tensor)
+            else:
+                assert shard_dim is not None
+                full = torch.empty(global_shape, dtype=dtype, device=device)
+                init_method(full)
+                local_tensor.copy_(full.chunk(shards, shard_dim)[shard])
+    stored = local_tensor
+    if shard_dim is not None and group is not None:
+        mesh = parallel_state.get_mesh_of_group(group) or _mesh_of_foreign_group(group)
+        stored = DTensor.from_local(local_tensor, mesh, [Shard(shard_dim)], run_check=False)
+    parameter = nn.Parameter(stored)
+    module.register_parameter(name, parameter)
+    return parameter
+
+
+def _mesh_of_foreign_group(group: ProcessGroup) -> DeviceMesh:
+    device_type = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter as a plain tensor through which gradients flow."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def named_parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
+    """The declaration of every parameter by its name in `model.named_parameters()` (a tied one once).
+
+    Raises:
+        ConfigError: a parameter nobody declared.
+    """
+    specs = {}
+    for fqn, _ in model.named_parameters():
+        path, _, name = fqn.rpartition(".")
+        declared = getattr(model.get_submodule(path), "parameter_specs", {})
+        if name not in declared:
+            raise ConfigError(
+                f"Parameter {fqn} has no declaration, so neither its initial value nor the reduction of its gradient "
+                "is known; create it with create_parameter, or describe it with declare_parameter."
+            )
+        specs[fqn] = declared[name]
+    return specs
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, seed: int) -> None:
+    """Fill every parameter so that its logical value depends on (seed, name) alone, not on the layout.
+
+    Each logical tensor is drawn whole from a generator seeded by its name and sliced to what this rank stores: first
+    the tensor (or expert) parallel shard, then FSDP's chunk. No communication; the random state is left as it was.
+
+    Raises:
+        ConfigError: a parameter nobody declared.
+    """
+    specs = named_parameter_specs(model)
+    for fqn, parameter in model.named_parameters():
+        target = local(parameter.detach())
+        with _seeded_by_name(seed, fqn, target.device):
+            full = torch.empty(parameter.shape, dtype=target.dtype, device=target.device)
+            specs[fqn].init_method(full)
+        target.copy_(_shard_of(full, parameter))
+
+
+def _shard_of(full: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank stores of the logical tensor `full`, given how `parameter` is split.
+
+    Mesh dimensions are taken from the last to the first: tensor parallelism splits before FSDP does (`_StridedShard`).
+    """
+    if not isinstance(parameter, DTensor):
+        return full
+    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the mesh of the parameter"
+    for mesh_dim in reversed(range(mesh.ndim)):
+        placement = parameter.placements[mesh_dim]
+        if placement.is_replicate():
+            continue
+        dim: int = placement.dim  # type: ignore[attr-defined]  # Shard and _StridedShard have it, nothing else occurs
+        chunks = full.chunk(mesh.size(mesh_dim), dim)
+        position = coordinate[mesh_dim]
+        # torch.chunk makes fewer chunks when a dimension is too small; the ranks beyond them store nothing.
+        full = chunks[position] if position < len(chunks) else full.narrow(dim, 0, 0)
+    return full
+
+
+@contextmanager
+def _seeded_by_name(seed: int, fqn: str, device: torch.device) -> Iterator[None]:
+    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+    own_seed = int.from_bytes(digest[:8], "little") >> 1
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.random.default_generator.manual_seed(own_seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(own_seed)
+        yield
