@@ -1,0 +1,271 @@
+"""Train one small GPT at a parallel layout, in float64, the way `pretrain_gpt.py` does, and once in plain torch.
+
+The reference knows nothing of layouts: one process, the whole global batch in one forward, whole logits, torch's own
+cross entropy, clipping and SGD. Every layout has to reproduce its loss, its gradient norm, each parameter's gradient,
+and its weights after many steps.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from tests.parallel.mutations import mutation
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_lite import parallel_state
+from megatron_lite.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron_lite.models.gpt.gpt_config import GPTModelConfig
+from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron_lite.tensor_parallel.parameters import initialize_parameters
+from megatron_lite.training.setup import build_gpt, build_model
+from megatron_lite.training.step import forward_backward, train_step
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+GLOBAL_BATCH = 12
+SEQUENCE = 16
+VOCABULARY = 127  # divisible by no tensor parallel size
+SEED = 4321
+LEARNING_RATE = 0.3
+WEIGHT_DECAY = 0.1
+MOMENTUM = 0.9
+CLIP = 0.5  # small enough to act, so that the norm takes part in the weights
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of the matrix: how the ranks are used, and which model is trained."""
+
+    tp: int = 1
+    sp: bool = False
+    dp: int = 1
+    strategy: str = "no_shard"
+    replicas: int = 1
+    accumulation: int = 1
+    tied: bool = True
+    normalization: str = "LayerNorm"
+    swiglu: bool = False
+    query_groups: int = 8
+    positions: str = "learned_absolute"
+    recompute: str | None = None
+    per_token_loss: bool = True
+
+    @property
+    def world_size(self) -> int:
+        """Processes it takes."""
+        return self.tp * self.dp
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one micro-batch on one data parallel rank."""
+        size, rest = divmod(GLOBAL_BATCH, self.dp * self.accumulation)
+        assert rest == 0, f"{GLOBAL_BATCH} sequences do not split over {self}"
+        return size
+
+    @property
+    def name(self) -> str:
+        """Short, for the test's id."""
+        parts = [f"tp{self.tp}"] + ["sp"] * self.sp + [f"dp{self.dp}", self.strategy]
+        parts += [f"x{self.replicas}"] * (self.replicas > 1) + [f"acc{self.accumulation}"]
+        parts += ["tied" if self.tied else "untied", self.normalization] + ["swiglu"] * self.swiglu
+        parts += [f"gqa{self.query_groups}"] * (self.query_groups != 8) + [self.positions.split("_")[0]]
+        parts += [f"recompute-{self.recompute}"] * (self.recompute is not None)
+        return "-".join(parts)
+
+    @property
+    def model(self) -> "Layout":
+        """The same model on one process: what its reference is computed with."""
+        return Layout(
+            tied=self.tied,
+            normalization=self.normalization,
+            swiglu=self.swiglu,
+            query_groups=self.query_groups,
+            positions=self.positions,
+        )
+
+
+@dataclass
+class Result:
+    """What is compared; gradients and weights by parameter name, whole."""
+
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def transformer_config(layout: Layout) -> TransformerConfig:
+    """Two small layers with everything that has gone wrong somewhere: biases, query and key norms, dropout off."""
+    recompute: dict[str, object] = {}
+    if layout.recompute == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    elif layout.recompute is not None:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": layout.recompute,
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=layout.query_groups,
+        normalization=layout.normalization,
+        swiglu=layout.swiglu,
+        qk_layernorm=True,
+        add_bias_linear=True,
+        init_method_std=0.2,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sp,
+        fp64=True,
+        calculate_per_token_loss=layout.per_token_loss,
+        **recompute,  # type: ignore[arg-type]
+    )
+
+
+def gpt_config(layout: Layout) -> GPTModelConfig:
+    """Vocabulary and positions of the small model."""
+    return GPTModelConfig(
+        position_embedding_type=layout.positions,
+        max_position_embeddings=SEQUENCE,
+        share_embeddings_and_output_weights=layout.tied,
+    )
+
+
+def global_batch(step: int) -> dict[str, Tensor]:
+    """The sequences of one step, [12, 16] each; the number of valid tokens grows from none to all over the batch."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    valid = torch.linspace(0, SEQUENCE, GLOBAL_BATCH).round().long()
+    order = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator).argsort(dim=1).argsort(dim=1)
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "loss_mask": (order < valid[:, None]).double(),
+        "position_ids": torch.arange(SEQUENCE).repeat(GLOBAL_BATCH, 1),
+    }
+
+
+def micro_batches(layout: Layout, step: int, dp_rank: int) -> list[dict[str, Tensor]]:
+    """This data parallel rank's share, cut as the sampler cuts it: each block of mbs x dp in rank order."""
+    batch, size = global_batch(step), layout.micro_batch_size
+    starts = [number * size * layout.dp + dp_rank * size for number in range(layout.accumulation)]
+    return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in starts]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a DTensor (a collective), on every rank."""
+    return tensor.full_tensor().detach().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def reference(layout: Layout, steps: int) -> Result:
+    """The model of `layout` trained by plain torch in this process."""
+    model = build_gpt(transformer_config(layout.model), gpt_config(layout.model), VOCABULARY, SEQUENCE)
+    model.to_empty(device="cpu")
+    initialize_parameters(model, SEED)
+    parameters = dict(model.named_parameters())
+    decayed = [p for name, p in parameters.items() if p.dim() > 1]
+    others = [p for name, p in parameters.items() if p.dim() == 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        momentum=MOMENTUM,
+    )
+    result: Result | None = None
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = global_batch(step)
+        loss = _plain_loss(model, batch)
+        loss.backward()
+        gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+        norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        if result is None:
+            result = Result(loss.item(), norm.item(), gradients)
+        losses.append(loss.item())
+        optimizer.step()
+    assert result is not None
+    result.losses = losses
+    result.weights = {name: whole(p) for name, p in parameters.items()}
+    return result
+
+
+def _plain_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["tokens"], batch["position_ids"], None)
+    losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    mask = batch["loss_mask"].flatten()
+    return (losses * mask).sum() / mask.sum()
+
+
+def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: str | None = None) -> Result | None:
+    """Train at `layout` on this rank, with the product's code, optionally broken on purpose; rank 0 returns a result."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        num_distributed_optimizer_instances=layout.dp if layout.strategy == "no_shard" else layout.replicas,
+    )
+    with mutation(broken):
+        model, optimizer = _build(layout)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dp_rank = parallel_state.get_data_parallel_rank()
+
+        forward_backward(model, optimizer, micro_batches(layout, 0, dp_rank), dp_cp_group=dp_cp_group)
+        finalize_model_grads(model, tp_group)
+        gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+        outputs = []
+        for step in range(steps):
+            batches = micro_batches(layout, step, dp_rank)
+            outputs.append(train_step(model, optimizer, batches, tp_group=tp_group, dp_cp_group=dp_cp_group))
+        weights = {name: whole(p) for name, p in model.named_parameters()}
+    if rank != 0:
+        return None
+    losses = [output.loss.item() for output in outputs]
+    return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights)
+
+
+def _build(layout: Layout) -> tuple[nn.Module, MegatronOptimizer]:
+    ddp = DistributedDataParallelConfig(
+        data_parallel_sharding_strategy=layout.strategy, num_distributed_optimizer_instances=layout.replicas
+    )
+    model = build_model(
+        transformer_config(layout),
+        gpt_config(layout),
+        ddp,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        device=torch.device("cpu"),
+        seed=SEED,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, clip_grad=CLIP
+        ),
+        model,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+        group["weight_decay"] = WEIGHT_DECAY * group.get("wd_mult", 1.0)
+    return model, optimizer
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected element."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
+    scale = max(expected.abs().max().item(), 1e-12)
+    return (actual - expected).abs().max().item() / scale
+
+
+def deviations(actual: Result, expected: Result) -> dict[str, float]:
+    """The largest relative deviation of each kind: loss, norm, gradients, losses over the steps, weights."""
+    assert actual.gradients.keys() == expected.gradients.keys()
+    assert actual.weights.keys() == expected.weights.keys()
+    return {
+        "loss": abs(actual.loss / expected.loss - 1.0),
+        "grad_norm": abs(actual.grad_norm / expected.grad_norm - 1.0),
+        "gradients": max(relative_error(actual.gradients[n], g) for n, g in expected.gradients.items()),
+        "losses": max(abs(a / e - 1.0) for a, e in zip(actual.losses, expected.losses, strict=True)),
+        "weights": max(relative_error(actual.weights[n], w) for n, w in expected.weights.items()),
+    }

@@ -1,0 +1,63 @@
+"""The layout never changes the mathematics: every row equals plain torch on one process, in float64.
+
+Mutations that make these tests fail are in test_mutations.py, one for each trap.
+"""
+
+import functools
+
+import pytest
+
+from tests.parallel.layouts import Layout, Result, deviations, reference, run_layout
+
+STEPS = 20
+GRADIENT_BOUND = 1e-9
+WEIGHT_BOUND = 1e-8
+
+LAYOUTS = [
+    Layout(),
+    Layout(accumulation=3, tied=False),
+    Layout(tp=2),
+    Layout(tp=2, sp=True, normalization="RMSNorm"),
+    Layout(tp=2, tied=False, swiglu=True, query_groups=2, positions="rope"),
+    Layout(tp=4, accumulation=2),
+    Layout(tp=4, sp=True, accumulation=3, tied=False, normalization="RMSNorm", swiglu=True, positions="rope"),
+    Layout(dp=2, accumulation=3),
+    Layout(dp=2, strategy="optim", accumulation=2, tied=False),
+    Layout(dp=3, strategy="optim_grads", accumulation=2),
+    Layout(dp=4, strategy="optim_grads_params", accumulation=3, normalization="RMSNorm"),
+    Layout(dp=4, strategy="optim_grads", replicas=2, accumulation=3),
+    Layout(dp=3, strategy="no_shard", accumulation=4, tied=False),
+    Layout(tp=2, dp=2, accumulation=3),
+    Layout(tp=2, sp=True, dp=2, strategy="optim", accumulation=2),
+    Layout(tp=2, sp=True, dp=3, strategy="optim_grads_params", accumulation=2, tied=False, swiglu=True),
+    Layout(tp=2, sp=True, dp=4, strategy="optim_grads_params", replicas=2, query_groups=4, positions="rope"),
+    Layout(tp=4, sp=True, dp=2, strategy="optim_grads_params", accumulation=3),
+    Layout(tp=2, sp=True, dp=2, strategy="optim_grads", accumulation=2, recompute="selective"),
+    Layout(tp=2, sp=True, dp=2, strategy="optim_grads_params", recompute="uniform", swiglu=True),
+    Layout(tp=2, dp=2, strategy="optim_grads_params", recompute="block", tied=False),
+]
+
+
+@functools.cache
+def expected(model: Layout) -> Result:
+    """The reference of a model, computed once for all layouts that train it."""
+    return reference(model, STEPS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_equals_one_process(pool, layout):
+    """Loss, global norm, each gradient (before clipping), and weights after 20 clipped SGD steps with momentum."""
+    found = deviations(pool.run(run_layout, layout, STEPS, world_size=layout.world_size)[0], expected(layout.model))
+    assert found["loss"] <= GRADIENT_BOUND, found
+    assert found["grad_norm"] <= GRADIENT_BOUND, found
+    assert found["gradients"] <= GRADIENT_BOUND, found
+    assert found["losses"] <= WEIGHT_BOUND, found
+    assert found["weights"] <= WEIGHT_BOUND, found
+
+
+def test_reference_trains():
+    """The comparison would be idle if nothing moved: the reference's loss falls on data it has not seen before."""
+    result = expected(Layout())
+    assert result.grad_norm > 0.5, "clipping does not act"
+    assert all(gradient.abs().max() > 0 for gradient in result.gradients.values())
+    assert result.losses[-1] < result.losses[0]
