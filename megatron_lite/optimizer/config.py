@@ -1,0 +1,150 @@
+"""The knobs of the optimizer and of the learning rate and weight decay schedules."""
+
+from dataclasses import dataclass
+
+from megatron_lite.config_field import Validated, knob
+
+LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+LR_WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+WEIGHT_DECAY_INCR_STYLES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class OptimizerConfig(Validated):
+    """Which optimizer updates the weights, and how gradients are scaled and clipped before. Names are Megatron's."""
+
+    optimizer: str = knob("adam", "adam is AdamW (decoupled weight decay); sgd has momentum.", choices=("adam", "sgd"))
+
+    lr: float | None = knob(None, "Peak learning rate, reached at the end of the warm-up.")
+    min_lr: float = knob(0.0, "Learning rate at the end of the decay and ever after.")
+    decoupled_lr: float | None = knob(None, "Peak learning rate of the embedding and the output layer; default --lr.")
+    decoupled_min_lr: float | None = knob(None, "Lowest learning rate of these layers; default --min-lr.")
+
+    weight_decay: float = knob(0.01, "Weight decay of matrices; biases and other vectors have none.")
+    apply_wd_to_qk_layernorm: bool = knob(False, "Decay the weights of the query and key norms too.")
+    no_weight_decay_cond_type: str | None = knob(
+        None, "Older spelling of --apply-wd-to-qk-layernorm.", choices=("apply_wd_to_qk_layernorm",)
+    )
+    clip_grad: float = knob(1.0, "Scale gradients down to this global L2 norm; 0 switches clipping off.")
+
+    adam_beta1: float = knob(0.9, "Decay of Adam's mean of gradients.")
+    adam_beta2: float = knob(0.999, "Decay of Adam's mean of squared gradients.")
+    adam_eps: float = knob(1e-8, "Added to Adam's denominator.")
+    sgd_momentum: float = knob(0.9, "Momentum of SGD; 0 keeps no buffer.")
+
+    fp16: bool = knob(False, "The model computes in float16: scale the loss. Follows the model's fp16.", flag=False)
+    loss_scale: float | None = knob(None, "Constant loss scale; default: dynamic under --fp16, none otherwise.")
+    initial_loss_scale: float = knob(2.0**32, "First value of the dynamic loss scale.")
+    min_loss_scale: float = knob(1.0, "Lowest value of the dynamic loss scale.")
+    loss_scale_window: float = knob(1000, "Finite steps in a row after which the dynamic loss scale doubles.")
+    hysteresis: int = knob(2, "Non-finite steps before the dynamic loss scale is halved.")
+
+    log_num_zeros_in_grad: bool = knob(False, "Count and log the zeros among the gradients.")
+
+    def __post_init__(self) -> None:
+        if self.no_weight_decay_cond_type == "apply_wd_to_qk_layernorm":
+            self.apply_wd_to_qk_layernorm = True
+
+    def violations(self) -> list[str]:
+        """Every rule these settings break, one sentence each."""
+        found = super().violations()
+        found += _learning_rate_violations("lr", self.lr, "min_lr", self.min_lr)
+        decoupled_min = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+        found += _learning_rate_violations("decoupled_lr", self.decoupled_lr, "decoupled_min_lr", decoupled_min)
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                found.append(f"{name} is {getattr(self, name)}, but it must lie in [0, 1).")
+        for name in ("weight_decay", "clip_grad", "adam_eps"):
+            if getattr(self, name) < 0.0:
+                found.append(f"{name} is {getattr(self, name)}, but it must not be negative; 0 switches it off.")
+        if self.loss_scale is not None and self.loss_scale <= 0.0:
+            found.append(f"loss_scale is {self.loss_scale}, but it must be positive; leave it out for a dynamic scale.")
+        if not 0.0 < self.min_loss_scale <= self.initial_loss_scale:
+            found.append(
+                f"min_loss_scale is {self.min_loss_scale}, but it must be positive and at most initial_loss_scale "
+                f"({self.initial_loss_scale})."
+            )
+        for name in ("loss_scale_window", "hysteresis"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)}, but it must be at least 1.")
+        return found
+
+
+def _learning_rate_violations(name: str, lr: float | None, min_name: str, min_lr: float) -> list[str]:
+    found = []
+    if min_lr < 0.0:
+        found.append(f"{min_name} is {min_lr}, but a learning rate must not be negative.")
+    if lr is not None and lr < min_lr:
+        found.append(
+            f"{name} is {lr}, but it must be at least {min_name} ({min_lr}); lower {min_name} or raise {name}."
+        )
+    return found
+
+
+@dataclass
+class SchedulerConfig(Validated):
+    """How learning rate and weight decay change over the run. Names are Megatron's.
+
+    Lengths are given in iterations (with `--train-iters`) or in samples (with `--train-samples`).
+    """
+
+    lr_decay_style: str = knob("linear", "Shape of the learning rate after the warm-up.", choices=LR_DECAY_STYLES)
+    lr_wsd_decay_style: str = knob("exponential", "Shape of the last phase of WSD.", choices=LR_WSD_DECAY_STYLES)
+    lr_decay_iters: int | None = knob(None, "Iterations until the learning rate is lowest; default --train-iters.")
+    lr_decay_samples: int | None = knob(None, "Samples until the learning rate is lowest; default --train-samples.")
+    lr_wsd_decay_iters: int | None = knob(None, "Iterations of the last phase of WSD.")
+    lr_wsd_decay_samples: int | None = knob(None, "Samples of the last phase of WSD.")
+    lr_warmup_fraction: float | None = knob(None, "Part of the decay length spent on the linear warm-up.")
+    lr_warmup_iters: int = knob(0, "Iterations of the linear warm-up.")
+    lr_warmup_samples: int = knob(0, "Samples of the linear warm-up.")
+    lr_warmup_init: float = knob(0.0, "Learning rate at which the warm-up starts.")
+    override_opt_param_scheduler: bool = knob(
+        False,
+        "On resume take the schedule from the command line and ignore the checkpoint's.",
+        flag=("--override-opt_param-scheduler", "--override-opt-param-scheduler"),
+    )
+    use_checkpoint_opt_param_scheduler: bool = knob(
+        False,
+        "On resume take the schedule from the checkpoint and ignore the command line's.",
+        flag=("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler"),
+    )
+    start_weight_decay: float | None = knob(None, "Weight decay at the start, for a style that is not constant.")
+    end_weight_decay: float | None = knob(None, "Weight decay at the end, for a style that is not constant.")
+    weight_decay_incr_style: str = knob("constant", "Shape of the weight decay.", choices=WEIGHT_DECAY_INCR_STYLES)
+
+    def violations(self) -> list[str]:
+        """Every rule these settings break, one sentence each."""
+        found = super().violations()
+        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
+            found.append("lr_decay_style is WSD, which needs the length of its last phase; give --lr-wsd-decay-iters.")
+        if self.lr_warmup_fraction is not None:
+            if self.lr_warmup_iters or self.lr_warmup_samples:
+                found.append(
+                    f"lr_warmup_fraction ({self.lr_warmup_fraction}) and lr_warmup_iters ({self.lr_warmup_iters}) or "
+                    f"lr_warmup_samples ({self.lr_warmup_samples}) are given together; keep one of them."
+                )
+            if not 0.0 <= self.lr_warmup_fraction < 1.0:
+                found.append(f"lr_warmup_fraction is {self.lr_warmup_fraction}, but it must lie in [0, 1).")
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            found.append(
+                "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict each other; keep one."
+            )
+        return found + self._weight_decay_violations()
+
+    def _weight_decay_violations(self) -> list[str]:
+        start, end = self.start_weight_decay, self.end_weight_decay
+        if self.weight_decay_incr_style == "constant":
+            if start is None and end is None:
+                return []
+            return [
+                f"start_weight_decay ({start}) and end_weight_decay ({end}) need a --weight-decay-incr-style other "
+                "than constant; set it, or use --weight-decay alone."
+            ]
+        if start is None or end is None:
+            return [
+                f"weight_decay_incr_style is {self.weight_decay_incr_style}, which needs --start-weight-decay and "
+                "--end-weight-decay; give both."
+            ]
+        if not 0.0 <= start <= end:
+            return [f"start_weight_decay is {start}, but it must lie between 0 and end_weight_decay ({end})."]
+        return []

@@ -1,0 +1,273 @@
+"""The optimizer step on sharded parameters: scale, clip, skip and update without asking the device for an answer.
+
+Each rank updates the shard it holds. Moments, step counters and loss scale are presented under names of the model
+(`optimizer.state.<parameter>.exp_avg`), as DTensors laid out like their parameter, so that torch.distributed.checkpoint
+restores them at another layout.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from megatron_lite import parallel_state
+from megatron_lite.errors import ConfigError
+from megatron_lite.optimizer.clip_grads import counts_here, global_grad_statistics
+from megatron_lite.optimizer.config import OptimizerConfig
+from megatron_lite.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron_lite.optimizer.param_groups import get_param_groups
+from megatron_lite.tensor_parallel.parameters import ParameterSpec, local, named_parameter_specs
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, still on the device: reading a number waits for it.
+
+    Attributes:
+        grad_norm: global norm of the unscaled gradients before clipping, float64 scalar.
+        found_inf: 1 if the step was skipped because that norm is not finite, else 0, float32 scalar.
+        num_zeros: zeros among the gradients, float64 scalar, or None if not asked for.
+    """
+
+    grad_norm: Tensor
+    found_inf: Tensor
+    num_zeros: Tensor | None
+
+
+class MegatronOptimizer:
+    """AdamW (Loshchilov and Hutter, 2019) or SGD with momentum over the local shards of a model's parameters.
+
+    Args:
+        config: which optimizer and its constants.
+        named_parameters: name in the model -> parameter, a DTensor (its local shard is updated) or a plain tensor.
+        specs: declarations of these parameters; a name without one is an ordinary dense parameter.
+        dense_mesh: mesh of all ranks as dense parameters see it, to count replicated gradients once.
+        expert_mesh: the same as routed experts see it.
+
+    Attributes:
+        param_groups: dicts with `names`, `params`, `lr`, `weight_decay`, ...: the scheduler writes into them.
+        state: name -> its tensors: `step`, `exp_avg`, `exp_avg_sq` (Adam), `momentum_buffer` (SGD), as local shards.
+        grad_scaler: the loss scale, or None.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        named_parameters: Mapping[str, nn.Parameter],
+        specs: Mapping[str, ParameterSpec] | None = None,
+        dense_mesh: DeviceMesh | None = None,
+        expert_mesh: DeviceMesh | None = None,
+    ) -> None:
+        config.validate()
+        specs = specs or {}
+        self.config = config
+        self.named_parameters = {name: p for name, p in named_parameters.items() if p.requires_grad}
+        if not self.named_parameters:
+            raise ConfigError("the model has no trainable parameter, so there is nothing to optimize.")
+        self.param_groups = get_param_groups(self.named_parameters, specs, config)
+        shards = {name: local(parameter.detach()) for name, parameter in self.named_parameters.items()}
+        self.device = next(iter(shards.values())).device
+        self._counted = {
+            name
+            for name, parameter in self.named_parameters.items()
+            if counts_here(parameter, expert_mesh if name in specs and specs[name].is_expert else dense_mesh)
+        }
+        self.grad_scaler = _build_grad_scaler(config, self.device)
+        self.state = {name: self._initial_state(shard) for name, shard in shards.items()}
+
+    def _initial_state(self, shard: Tensor) -> dict[str, Tensor]:
+        """Zeros from the start, so that a fresh optimizer can be loaded into."""
+        if self.config.optimizer == "sgd":
+            return {"momentum_buffer": torch.zeros_like(shard)} if self.config.sgd_momentum else {}
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=shard.device),
+            "exp_avg": torch.zeros_like(shard),
+            "exp_avg_sq": torch.zeros_like(shard),
+        }
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; `set_to_none=False` fills them with zeros."""
+        for parameter in self.named_parameters.values():
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                local(parameter.grad).zero_()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, ready for backward."""
+        return loss if self.grad_scaler is None else loss * self.grad_scaler.scale
+
+    def get_loss_scale(self) -> Tensor:
+        """The loss scale, a float32 scalar on the device (1 without a scaler)."""
+        return torch.ones((), device=self.device) if self.grad_scaler is None else self.grad_scaler.scale
+
+    @torch.no_grad()
+    def step(self) -> StepResult:
+        """Unscale, clip, and update all parameters that have a gradient, or none if the norm is not finite.
+
+        Collectives: one all-reduce of the norm over the world; all ranks take the same decision.
+        """
+        gradients = {n: local(p.grad) for n, p in self.named_parameters.items() if p.grad is not None}
+        counted = [gradient for name, gradient in gradients.items() if name in self._counted]
+        norm, num_zeros = global_grad_statistics(counted, self.device, self.config.log_num_zeros_in_grad)
+        found_inf = torch.logical_not(torch.isfinite(norm)).float()
+        norm = norm / self.get_loss_scale()
+        divisor = self._gradient_divisor(norm)
+        for group in self.param_groups:
+            self._update_group(group, gradients, divisor, found_inf)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(found_inf)
+        return StepResult(norm, found_inf, num_zeros)
+
+    def _gradient_divisor(self, unscaled_norm: Tensor) -> Tensor | None:
+        """What gradients are divided by (float64 scalar): loss scale, times norm / clip_grad where that is above 1."""
+        if self.config.clip_grad == 0.0:
+            return None if self.grad_scaler is None else self.grad_scaler.scale.double()
+        # The 1e-6 is that of torch.nn.utils.clip_grad_norm_ and of Megatron.
+        return ((unscaled_norm + 1e-6) / self.config.clip_grad).clamp(min=1.0) * self.get_loss_scale()
+
+    def _update_group(
+        self, group: dict[str, Any], gradients: Mapping[str, Tensor], divisor: Tensor | None, found_inf: Tensor
+    ) -> None:
+        """One fused update of a group's local shards, in which a `found_inf` of 1 changes nothing."""
+        members = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if n in gradients]
+        if not members:
+            return
+        # Looked up at each step, because FSDP may move a padded shard to new storage before its first forward.
+        shards = [local(parameter) for _, parameter in members]
+        grads = [gradients[name] for name, _ in members]
+        grad_scale = None if divisor is None else divisor.float()
+        if divisor is not None and shards[0].dtype == torch.float64:
+            # The fused kernels read grad_scale as float32, which is not enough to compare layouts in float64.
+            torch._foreach_div_(grads, divisor)
+            grad_scale = None
+        states = [self.state[name] for name, _ in members]
+        config = self.config
+        if config.optimizer == "sgd":
+            sgd(
+                shards,
+                grads,
+                [state.get("momentum_buffer") for state in states],
+                fused=True,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                momentum=config.sgd_momentum,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            return
+        adamw(
+            shards,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments, step counters and loss scale by name: views of the living state, to save or to load into."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters.items():
+            for key, value in self.state[name].items():
+                shaped = value if key == "step" else like_parameter(value, parameter)
+                state[f"optimizer.state.{name}.{key}"] = shaped
+        if self.grad_scaler is not None:
+            state.update({f"optimizer.grad_scaler.{k}": v for k, v in self.grad_scaler.state_dict().items()})
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy values laid out like those of `state_dict()` into the living state (free of cost if loaded in place).
+
+        Raises:
+            ConfigError: the names are not those of this optimizer.
+        """
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+            raise ConfigError(
+                f"the optimizer state does not fit the model: {len(missing)} entries are missing (such as "
+                f"{missing[:3]}) and {len(unknown)} are unknown (such as {unknown[:3]}); load it into the same model "
+                "and optimizer, or start with fresh optimizer state (--no-load-optim)."
+            )
+        for key, living in own.items():
+            target, source = local(living), local(state_dict[key])
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
+
+
+def like_parameter(shard: Tensor, parameter: Tensor) -> Tensor:
+    """`shard` as a DTensor with the mesh, placements and global shape of `parameter`, sharing its storage."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _build_grad_scaler(config: OptimizerConfig, device: torch.device) -> ConstantGradScaler | None:
+    if config.loss_scale is not None:
+        return ConstantGradScaler(config.loss_scale, device)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_interval=int(config.loss_scale_window),
+        hysteresis=config.hysteresis,
+        device=device,
+    )
+
+
+def get_megatron_optimizer(
+    config: OptimizerConfig,
+    model_chunks: nn.Module | Sequence[nn.Module],
+    *,
+    dense_mesh: DeviceMesh | None = None,
+    expert_mesh: DeviceMesh | None = None,
+) -> MegatronOptimizer:
+    """The optimizer of one rank's model chunks, after `wrap_data_parallel`.
+
+    Args:
+        config: which optimizer and its constants.
+        model_chunks: a module, or one per virtual pipeline stage; their parameter names must differ.
+        dense_mesh: mesh of all ranks for dense parameters; default that of `parallel_state`, if it is initialized.
+        expert_mesh: the same for routed experts.
+    """
+    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    if parallel_state.model_parallel_is_initialized():
+        dense_mesh = parallel_state.get_dense_mesh() if dense_mesh is None else dense_mesh
+        expert_mesh = parallel_state.get_expert_mesh() if expert_mesh is None else expert_mesh
+    parameters: dict[str, nn.Parameter] = {}
+    specs: dict[str, ParameterSpec] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            assert name not in parameters, f"two model chunks hold a parameter named {name}"
+            parameters[name] = parameter
+        specs.update(named_parameter_specs(chunk))
+    return MegatronOptimizer(config, parameters, specs, dense_mesh, expert_mesh)
