@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from tests.parallel.mutations import mutation
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +20,7 @@ from megatron_lite.tensor_parallel.parameters import initialize_parameters
 from megatron_lite.training.setup import build_gpt, build_model
 from megatron_lite.training.step import forward_backward, train_step
 from megatron_lite.transformer.transformer_config import TransformerConfig
+from tests.parallel.mutations import mutation
 
 GLOBAL_BATCH = 12
 SEQUENCE = 16
@@ -200,7 +200,7 @@ def _plain_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: str | None = None) -> Result | None:
-    """Train at `layout` on this rank, with the product's code, optionally broken on purpose; rank 0 returns a result."""
+    """Train at `layout` with the product's code, optionally broken on purpose; rank 0 returns a result."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         num_distributed_optimizer_instances=layout.dp if layout.strategy == "no_shard" else layout.replicas,

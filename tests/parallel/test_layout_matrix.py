@@ -39,15 +39,17 @@ LAYOUTS = [
 
 
 @functools.cache
-def expected(model: Layout) -> Result:
+def expected(model: Layout, steps: int) -> Result:
     """The reference of a model, computed once for all layouts that train it."""
-    return reference(model, STEPS)
+    return reference(model, steps)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layout_equals_one_process(pool, layout):
     """Loss, global norm, each gradient (before clipping), and weights after 20 clipped SGD steps with momentum."""
-    found = deviations(pool.run(run_layout, layout, STEPS, world_size=layout.world_size)[0], expected(layout.model))
+    found = deviations(
+        pool.run(run_layout, layout, STEPS, world_size=layout.world_size)[0], expected(layout.model, STEPS)
+    )
     assert found["loss"] <= GRADIENT_BOUND, found
     assert found["grad_norm"] <= GRADIENT_BOUND, found
     assert found["gradients"] <= GRADIENT_BOUND, found
@@ -57,7 +59,7 @@ def test_layout_equals_one_process(pool, layout):
 
 def test_reference_trains():
     """The comparison would be idle if nothing moved: the reference's loss falls on data it has not seen before."""
-    result = expected(Layout())
+    result = expected(Layout().model, STEPS)
     assert result.grad_norm > 0.5, "clipping does not act"
     assert all(gradient.abs().max() > 0 for gradient in result.gradients.values())
     assert result.losses[-1] < result.losses[0]

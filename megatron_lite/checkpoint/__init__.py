@@ -1,0 +1,24 @@
+"""Checkpoints on torch.distributed.checkpoint: durable, readable at any layout, and safe to open."""
+
+from megatron_lite.checkpoint.checkpointing import (
+    CheckpointState,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from megatron_lite.checkpoint.common import read_common
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.folders import find_checkpoint, read_tracker
+from megatron_lite.checkpoint.replicas import verify_replicas
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointState",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "read_common",
+    "read_tracker",
+    "save_checkpoint",
+    "verify_replicas",
+]

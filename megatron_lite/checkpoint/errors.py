@@ -1,0 +1,5 @@
+"""What a checkpoint that cannot be saved or loaded raises."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved or loaded: says which one, what was expected, and what to do."""

@@ -1,0 +1,88 @@
+"""The tensors of a run by global name, and the comparison of what is wanted with what a checkpoint holds."""
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_lite.checkpoint.errors import CheckpointError
+
+_SHOWN = 10
+
+
+def model_tensors(model_chunks: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the model chunks of this rank by their global name, detached.
+
+    Parameters that `fully_shard` manages are the sharded DTensors, also right after an evaluation that left the
+    gathered ones in place. A tied parameter appears once, under its first name.
+
+    Raises:
+        CheckpointError: two chunks use one name, or a module stores something other than tensors.
+    """
+    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    tensors: dict[str, Tensor] = {}
+    for chunk in chunks:
+        state = chunk.state_dict()
+        first_names = {name for name, _ in chunk.named_parameters()}
+        aliases = {name for name, _ in chunk.named_parameters(remove_duplicate=False)} - first_names
+        for name, value in state.items():
+            if name in aliases:
+                continue
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"{name} is a {type(value).__name__}: a checkpoint holds tensors only.")
+            if name in tensors:
+                raise CheckpointError(f"{name} exists in two chunks of the model: names must be global.")
+            tensors[name] = value.detach()
+    return tensors
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is stored on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def compare_names_and_shapes(
+    wanted: Mapping[str, Tensor],
+    wanted_anywhere: Collection[str],
+    stored: Mapping[str, torch.Size],
+    folder: object,
+) -> None:
+    """Check that a checkpoint holds exactly the tensors a run wants, in the same shapes.
+
+    Args:
+        wanted: this rank's tensors by name in the checkpoint.
+        wanted_anywhere: the names that any rank wants.
+        stored: global shapes of the checkpoint's tensors of the same kinds.
+        folder: named in the message.
+
+    Raises:
+        CheckpointError: lists missing and unexpected names with the closest counterparts, and differing shapes.
+    """
+    missing = sorted(set(wanted) - set(stored))
+    unexpected = sorted(set(stored) - set(wanted_anywhere))
+    reshaped = [
+        f"{name}: {list(stored[name])} in the checkpoint, {list(tensor.shape)} in this run"
+        for name, tensor in wanted.items()
+        if name in stored and stored[name] != tensor.shape
+    ]
+    if not (missing or unexpected or reshaped):
+        return
+    lines = [f"{folder} does not fit this run: the model or optimizer was configured differently."]
+    lines += _listed("not in the checkpoint", [_with_closest(name, unexpected) for name in missing])
+    lines += _listed("in the checkpoint only", [_with_closest(name, missing) for name in unexpected])
+    lines += _listed("another shape", reshaped)
+    raise CheckpointError("\n".join(lines))
+
+
+def _with_closest(name: str, others: list[str]) -> str:
+    closest = difflib.get_close_matches(name, others[:2000], n=1, cutoff=0.6)
+    return f"{name} (closest counterpart: {closest[0]})" if closest else name
+
+
+def _listed(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = [f"    ... and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
+    return [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN]), *more]

@@ -1,0 +1,81 @@
+"""Comparing the copies of replicated parameters before a save.
+
+torch.distributed.checkpoint stores one of several copies of a tensor and does not look at the others. If they have
+drifted apart, which is always a bug, the checkpoint would hide it: the resumed run differs from the one that went on.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from megatron_lite.checkpoint.agreement import agreed, world
+from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.model_state import local_tensor, model_tensors
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def verify_replicas(
+    model_chunks: nn.Module | Sequence[nn.Module],
+    tp_group: dist.ProcessGroup | None = None,
+    replicate_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Check that parameters which every tensor parallel rank, or every replica of the model, holds are bit-equal.
+
+    Collective: one all-reduce (MAX) of a few bytes per parameter over each group, and one flag over the world.
+
+    Args:
+        tp_group: ranks that share the parameters which are not split over tensor parallel ranks.
+        replicate_group: ranks that hold whole replicas of this rank's shards (the dimension dp_replicate).
+
+    Raises:
+        CheckpointError: on every rank, with the names that differ and the ranks that noticed.
+    """
+    tensors = model_tensors(model_chunks)
+    over_tp = {name: tensor for name, tensor in tensors.items() if not _is_split(tensor, "tp")}
+    differing = _differing(over_tp, tp_group, "tensor parallel ranks")
+    differing += _differing(tensors, replicate_group, "replicas of the model")
+
+    def complain() -> None:
+        if differing:
+            raise CheckpointError("\n".join(differing))
+
+    agreed("Comparing the copies of replicated parameters", complain)
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits read as integers: an int64 scalar on its device, equal for bit-equal tensors."""
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def _differing(tensors: dict[str, Tensor], group: dist.ProcessGroup | None, whose: str) -> list[str]:
+    if group is None or world()[1] == 1 or dist.get_world_size(group) == 1 or not tensors:
+        return []
+    mine = torch.stack([fingerprint(local_tensor(tensor)) for tensor in tensors.values()])
+    # The complement reverses the order without overflow, so one MAX gives the largest and the smallest.
+    extremes = torch.stack([mine, ~mine])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    unequal = (extremes[0] != ~extremes[1]).tolist()
+    names = [name for name, differs in zip(tensors, unequal, strict=True) if differs]
+    if not names:
+        return []
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return [
+        f"the {whose} should hold equal copies of {shown}, but they differ. A gradient was not reduced, or a rank "
+        "has computed something else; the last checkpoint is from before this."
+    ]
+
+
+def _is_split(tensor: Tensor, dimension: str) -> bool:
+    """Whether a tensor is sharded over a named mesh dimension."""
+    if not isinstance(tensor, DTensor):
+        return False
+    names = tensor.device_mesh.mesh_dim_names or ()
+    if dimension not in names:
+        return False
+    return not isinstance(tensor.placements[names.index(dimension)], Replicate)

@@ -1,0 +1,130 @@
+"""Optional behaviour around each step: profiling, memory snapshots, garbage collection.
+
+A hook has three methods, called by the loop at named points; one that does not care inherits the empty ones.
+"""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.training.config import ProfilingConfig, TrainingConfig
+
+
+class Hook:
+    """What the training loop calls."""
+
+    def before_step(self, iteration: int) -> None:
+        """Before iteration `iteration` (1 for the first)."""
+
+    def after_step(self, iteration: int) -> None:
+        """After iteration `iteration`, before evaluation and checkpoint."""
+
+    def around_evaluation(self) -> None:
+        """Before and after each evaluation."""
+
+    def close(self) -> None:
+        """After the last step, also when training ends by an error."""
+
+
+class ManualGarbageCollection(Hook):
+    """Collects garbage on every rank at the same steps, so that no rank makes the others wait at a random one."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        gc.disable()
+        gc.collect()
+
+    def after_step(self, iteration: int) -> None:
+        """Collect every `--manual-gc-interval` steps."""
+        if self.config.manual_gc_interval and iteration % self.config.manual_gc_interval == 0:
+            gc.collect()
+
+    def around_evaluation(self) -> None:
+        """Collect before and after evaluation, unless told not to."""
+        if self.config.manual_gc_eval:
+            gc.collect()
+
+    def close(self) -> None:
+        """Back to Python's own schedule."""
+        gc.enable()
+
+
+class Profiler(Hook):
+    """torch.profiler over a range of iterations, one trace a rank in `folder`; on CUDA optionally a range for nsys."""
+
+    def __init__(self, config: ProfilingConfig, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self.rank = dist.get_rank()
+        self._profile: Any = None
+
+    def before_step(self, iteration: int) -> None:
+        """Start at `--profile-step-start`."""
+        if iteration != self.config.profile_step_start or self.rank not in (self.config.profile_ranks or [0]):
+            return
+        if torch.cuda.is_available() and not self.config.use_pytorch_profiler:
+            torch.cuda.cudart().cudaProfilerStart()
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profile = torch.profiler.profile(
+            activities=activities,
+            record_shapes=self.config.pytorch_profiler_collect_shapes,
+            with_stack=self.config.pytorch_profiler_collect_callstack,
+        )
+        self._profile.__enter__()
+
+    def after_step(self, iteration: int) -> None:
+        """Stop before `--profile-step-end`."""
+        if iteration == self.config.profile_step_end - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace, if one is being taken."""
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"profile_rank{self.rank}.json"
+            self._profile.export_chrome_trace(str(path))
+            print(
+                f"profile of rank {self.rank}: {path} (open it in chrome://tracing or Perfetto)", flush=True
+            )
+            self._profile = None
+        elif torch.cuda.is_available() and self.config.profile and not self.config.use_pytorch_profiler:
+            torch.cuda.cudart().cudaProfilerStop()
+
+
+class MemorySnapshot(Hook):
+    """Records CUDA allocations and writes torch's snapshot file when the profiled iterations end."""
+
+    def __init__(self, config: ProfilingConfig) -> None:
+        self.config = config
+        self._written = False
+        torch.cuda.memory._record_memory_history()
+
+    def after_step(self, iteration: int) -> None:
+        """Write after the last profiled iteration."""
+        if iteration == self.config.profile_step_end - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Write the snapshot once."""
+        if not self._written:
+            torch.cuda.memory._dump_snapshot(self.config.memory_snapshot_path)
+            self._written = True
+
+
+def build_hooks(training: TrainingConfig, profiling: ProfilingConfig, folder: Path) -> list[Hook]:
+    """The hooks that the configuration asks for, in the order they run."""
+    hooks: list[Hook] = []
+    if training.manual_gc:
+        hooks.append(ManualGarbageCollection(training))
+    if profiling.profile:
+        hooks.append(Profiler(profiling, folder))
+    if profiling.record_memory_history and torch.cuda.is_available():
+        hooks.append(MemorySnapshot(profiling))
+    return hooks

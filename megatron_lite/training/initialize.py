@@ -1,0 +1,117 @@
+"""Start-up and shutdown of one rank: device, threads, process groups, random numbers."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_lite import parallel_state
+from megatron_lite.arguments import RunConfig
+from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+def training_device() -> torch.device:
+    """This rank's device: its own GPU where there are GPUs, the CPU otherwise."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def print_rank_0(text: str) -> None:
+    """Print on the first rank only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def print_rank_last(text: str) -> None:
+    """Print on the last rank only: the one with the loss, whose output Megatron's users watch."""
+    if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
+        print(text, flush=True)
+
+
+@contextmanager
+def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
+    """Everything a rank needs before it builds a model; yields the device and takes all down again at the end."""
+    device = training_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        _share_cores()
+    if config.transformer.deterministic_mode:
+        _choose_deterministic_kernels()
+    start_process_group(config, device)
+    initialize_parallel_groups(config)
+    set_random_seed(config.rng.seed)
+    try:
+        yield device
+    finally:
+        parallel_state.shutdown()
+
+
+def start_process_group(config: RunConfig, device: torch.device) -> None:
+    """torch.distributed from torchrun's environment, or a world of one without it."""
+    backend = config.distributed.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(minutes=config.distributed.distributed_timeout_minutes)
+    parallel_state.initialize_torch_distributed(backend=backend, timeout=timeout)
+
+
+def initialize_parallel_groups(config: RunConfig) -> None:
+    """Megatron's groups for the sizes in `config`, over the ranks of the process group that is up."""
+    sizes = config.transformer
+    data_and_context = config.data_parallel_size * sizes.context_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=config.ddp.number_of_replicas(data_and_context),
+        distributed_timeout_minutes=config.distributed.distributed_timeout_minutes,
+        order=config.distributed.order,
+    )
+
+
+def set_random_seed(seed: int) -> None:
+    """Seed every generator of this rank; streams differ between ranks where their tensors do."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _share_cores() -> None:
+    """Give each local rank its part of the cores; torchrun's default of one thread each leaves cores idle."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1" and "LOCAL_WORLD_SIZE" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def _choose_deterministic_kernels() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def announce(config: RunConfig, device: torch.device) -> None:
+    """Say once what this run is made of: layout, device, accelerators, and flags that change nothing here."""
+    sizes = config.transformer
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads a rank"
+    )
+    dtype = str(sizes.params_dtype).removeprefix("torch.")
+    print_rank_0(
+        f"megatron_lite on {config.world_size} ranks ({where}), {dtype}: tensor {sizes.tensor_model_parallel_size}"
+        f"{' with sequence' if sizes.sequence_parallel else ''} x data {config.data_parallel_size} "
+        f"({config.ddp.data_parallel_sharding_strategy}); global batch {config.global_batch_size} sequences of "
+        f"{config.data.seq_length} tokens"
+    )
+    for notice in config.notices:
+        print_rank_0(f"note: {notice}")

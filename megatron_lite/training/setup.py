@@ -1,0 +1,188 @@
+"""Building the parts of a run: model, data, optimizer, and the `Run` that holds them."""
+
+import signal
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megatron_lite import parallel_state
+from megatron_lite.arguments import RunConfig
+from megatron_lite.datasets.builders import build_train_valid_test_datasets
+from megatron_lite.datasets.data_loader import build_pretraining_data_loader
+from megatron_lite.distributed import DistributedDataParallelConfig, wrap_data_parallel
+from megatron_lite.models.gpt.flops import num_floating_point_operations
+from megatron_lite.models.gpt.gpt_config import GPTModelConfig
+from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
+from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler, get_optimizer_param_scheduler
+from megatron_lite.tensor_parallel.parameters import initialize_parameters
+from megatron_lite.tokenizers import MegatronTokenizer
+from megatron_lite.training.batches import MicroBatchStream
+from megatron_lite.training.hooks import build_hooks
+from megatron_lite.training.initialize import print_rank_0
+from megatron_lite.training.metrics import MetricsBuffer
+from megatron_lite.training.progress import Progress
+from megatron_lite.training.throughput import Throughput, peak_tflops
+from megatron_lite.training.train import Run
+from megatron_lite.training.writers import Writers
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+
+def build_gpt(
+    transformer: TransformerConfig, gpt: GPTModelConfig, vocab_size: int, max_sequence_length: int
+) -> GPTModel:
+    """A GPT whose parameters have shapes and declarations but no storage yet (the meta device)."""
+    with torch.device("meta"):
+        return build_gpt_model(transformer, gpt, vocab_size, max_sequence_length)
+
+
+def build_model(
+    transformer: TransformerConfig,
+    gpt: GPTModelConfig,
+    ddp: DistributedDataParallelConfig,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    device: torch.device,
+    seed: int,
+    compile_layers: bool = False,
+) -> nn.Module:
+    """This rank's part of a GPT: built without storage, sharded, and only then filled.
+
+    So no rank ever holds more than its shard, and the initial weights do not depend on the layout.
+    """
+    model = build_gpt(transformer, gpt, vocab_size, max_sequence_length)
+    if compile_layers:
+        for layer in model.decoder.layers.values():
+            layer.compile(fullgraph=True)
+    wrap_data_parallel(model, transformer, ddp, parallel_state.get_dense_mesh())
+    model.to_empty(device=device)
+    if transformer.perform_initialization:
+        initialize_parameters(model, seed)
+    return model
+
+
+def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> nn.Module:
+    """The model of a run, announced with its number of parameters."""
+    model = build_model(
+        config.transformer,
+        config.gpt,
+        config.ddp,
+        vocab_size=tokenizer.vocab_size,
+        max_sequence_length=config.data.seq_length,
+        device=device,
+        seed=config.rng.seed,
+        compile_layers=config.training.compile,
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print_rank_0(
+        f" > number of parameters: {total:,} ({parallel_state.get_tensor_model_parallel_world_size()}-way "
+        f"tensor parallel, {parallel_state.get_data_parallel_world_size()}-way data parallel)"
+    )
+    return model
+
+
+def batch_calculator_of(config: RunConfig) -> NumMicroBatchesCalculator:
+    """Micro-batches per step, now and after any ramp-up."""
+    training = config.training
+    assert training.micro_batch_size is not None, "validation asks for a micro-batch size"
+    return build_num_microbatches_calculator(
+        training.rampup_batch_size,
+        config.global_batch_size,
+        training.micro_batch_size,
+        config.data_parallel_size,
+        training.decrease_batch_size_if_needed,
+        training.step_batch_size_schedule,
+    )
+
+
+def total_iterations(config: RunConfig, calculator: NumMicroBatchesCalculator) -> int:
+    """Optimizer steps of the whole run."""
+    if config.training.train_samples is not None:
+        return calculator.iterations(config.training.train_samples)
+    return config.training.train_iters or 0
+
+
+def scheduler_of(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning rate and weight decay as functions of consumed samples."""
+    return get_optimizer_param_scheduler(
+        optimizer,
+        config.optimizer,
+        config.scheduler,
+        global_batch_size=config.global_batch_size,
+        train_iters=config.training.train_iters,
+        train_samples=config.training.train_samples,
+    )
+
+
+def data_streams(
+    config: RunConfig, tokenizer: MegatronTokenizer, progress: Progress, iterations: int, device: torch.device
+) -> list[MicroBatchStream | None]:
+    """Training, validation and test data, each from where `progress` says; None for a split that is empty."""
+    batch, validation = config.global_batch_size, config.validation
+    train_samples = config.training.train_samples or iterations * batch
+    evaluations = iterations // validation.eval_interval if validation.eval_interval else 0
+    datasets = build_train_valid_test_datasets(
+        config.data,
+        tokenizer,
+        (train_samples, (evaluations + 1) * validation.eval_iters * batch, validation.eval_iters * batch),
+        config.rng.seed,
+    )
+    consumed = (progress.consumed_train_samples, progress.consumed_valid_samples, 0)
+    exit_signal = signal.Signals[config.training.exit_signal] if config.training.exit_signal_handler else None
+    streams: list[MicroBatchStream | None] = []
+    for dataset, start in zip(datasets, consumed, strict=True):
+        loader = build_pretraining_data_loader(
+            dataset,
+            start,
+            micro_batch_size=config.training.micro_batch_size or 1,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            dataloader_type=config.data.dataloader_type or "single",
+            num_workers=config.data.num_workers,
+            exit_signal=exit_signal,
+        )
+        streams.append(None if loader is None else MicroBatchStream(loader, device))
+    return streams
+
+
+def assemble(
+    config: RunConfig,
+    device: torch.device,
+    tokenizer: MegatronTokenizer,
+    model: nn.Module,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: Progress,
+) -> Run:
+    """Everything the loop needs, once weights and progress are known."""
+    calculator = batch_calculator_of(config)
+    iterations = total_iterations(config, calculator)
+    train, valid, test = data_streams(config, tokenizer, progress, iterations, device)
+    is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    padded = model.padded_vocab_size
+    assert isinstance(padded, int)
+    trace_folder = Path(config.logger.tensorboard_dir or config.checkpoint.save or ".") / "profile"
+    return Run(
+        config=config,
+        device=device,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        batch_calculator=calculator,
+        progress=progress,
+        total_iterations=iterations,
+        train_stream=train,
+        valid_stream=valid,
+        test_stream=test,
+        throughput=Throughput(
+            num_floating_point_operations(config.transformer, padded, 1, config.data.seq_length),
+            config.data.seq_length,
+            config.world_size,
+            peak_tflops(device),
+        ),
+        writers=Writers(config.logger, is_last_rank, progress.iteration + 1, config.to_dict()),
+        metrics=MetricsBuffer(device),
+        hooks=build_hooks(config.training, config.profiling, trace_folder),
+    )

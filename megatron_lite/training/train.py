@@ -1,0 +1,243 @@
+"""The training loop."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lite import parallel_state
+from megatron_lite.arguments import RunConfig
+from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator
+from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
+from megatron_lite.training.batches import MicroBatchStream
+from megatron_lite.training.checkpointing import save
+from megatron_lite.training.evaluate import evaluate
+from megatron_lite.training.hooks import Hook
+from megatron_lite.training.initialize import print_rank_last
+from megatron_lite.training.metrics import IterationRecord, MetricsBuffer
+from megatron_lite.training.progress import Progress
+from megatron_lite.training.step import StepOutput, train_step
+from megatron_lite.training.stopping import StopVote
+from megatron_lite.training.throughput import Throughput
+from megatron_lite.training.writers import Writers, console_line
+
+
+@dataclass
+class Run:
+    """All parts of a run, built by `training.setup`, in the order they are used by the loop."""
+
+    config: RunConfig
+    device: torch.device
+    model: nn.Module
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    batch_calculator: NumMicroBatchesCalculator
+    progress: Progress
+    total_iterations: int
+    train_stream: MicroBatchStream | None
+    valid_stream: MicroBatchStream | None
+    test_stream: MicroBatchStream | None
+    throughput: Throughput
+    writers: Writers
+    metrics: MetricsBuffer
+    hooks: list[Hook] = field(default_factory=list)
+    unprinted: list[IterationRecord] = field(default_factory=list)
+    largest_loss: float = 0.0
+
+
+def train(run: Run) -> bool:
+    """Train until the work is done or there is a reason to stop; evaluate, log and save on the way.
+
+    Returns:
+        Whether training stopped before its last iteration.
+    """
+    config, progress = run.config, run.progress
+    run.model.train()
+    run.metrics.restart_clock()
+    saved_at = progress.iteration
+    with StopVote(config.training) as vote:
+        while progress.iteration < run.total_iterations:
+            one_iteration(run)
+            if log_is_due(run):
+                log(run)
+            if every(config.validation.eval_interval, progress.iteration) and evaluation_has_begun(run):
+                evaluate_and_log(run, f"iteration {progress.iteration}")
+            reason = vote.reason(progress.iteration)
+            if config.checkpoint.save and (reason or every(config.checkpoint.save_interval, progress.iteration)):
+                save_now(run)
+                saved_at = progress.iteration
+            if reason:
+                log(run)
+                print_rank_last(reason)
+                return True
+    if config.checkpoint.save and saved_at != progress.iteration:
+        save_now(run)
+    return False
+
+
+def one_iteration(run: Run) -> None:
+    """Fetch a global batch, train on it, and keep its numbers for the next log line."""
+    config, progress = run.config, run.progress
+    assert run.train_stream is not None
+    for hook in run.hooks:
+        hook.before_step(progress.iteration + 1)
+    run.batch_calculator.update(progress.consumed_train_samples)
+    global_batch_size = run.batch_calculator.current_running_global_batch_size
+    batches = run.train_stream.next_global_batch(run.batch_calculator.get())
+    learning_rate = run.scheduler.get_lr(progress.consumed_train_samples)
+    progress.iteration += 1
+    progress.consumed_train_samples += global_batch_size
+    if progress.iteration in config.training.iterations_to_skip:
+        run.scheduler.step(global_batch_size)
+        return
+    output = train_step(
+        run.model,
+        run.optimizer,
+        batches,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        per_token_loss=config.transformer.calculate_per_token_loss,
+    )
+    run.scheduler.step(global_batch_size)
+    record = IterationRecord(
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_train_samples,
+        global_batch_size=global_batch_size,
+        elapsed_ms=0.0,
+        tokens=global_batch_size * run.throughput.tokens_per_sample,
+        values={"learning_rate": learning_rate},
+    )
+    run.metrics.add(record, step_scalars(output, config, run.optimizer))
+    for hook in run.hooks:
+        hook.after_step(progress.iteration)
+
+
+def step_scalars(output: StepOutput, config: RunConfig, optimizer: MegatronOptimizer) -> dict[str, Tensor]:
+    """The device scalars of a step by their name in the metrics."""
+    # With a dynamic loss scale an overflow is part of the method (skipped); otherwise it is an accident (nan).
+    expected = config.transformer.fp16 and config.optimizer.loss_scale is None
+    none = torch.zeros_like(output.found_inf)
+    scalars = {
+        "lm_loss": output.loss,
+        "grad_norm": output.grad_norm,
+        "loss_scale": output.loss_scale,
+        "skipped": output.found_inf,
+        "nan": none if expected else output.found_inf,
+    }
+    if output.num_zeros is not None:
+        scalars["num_zeros"] = output.num_zeros
+    if config.logger.log_params_norm:
+        scalars["params_norm"] = optimizer.params_norm()
+    return scalars
+
+
+def every(interval: int | None, iteration: int) -> bool:
+    """Whether something that happens every `interval` iterations happens now."""
+    return interval is not None and iteration % interval == 0
+
+
+def log_is_due(run: Run) -> bool:
+    """At each log interval, and once after the first iteration as a sign of life."""
+    return every(run.config.logger.log_interval, run.progress.iteration) or run.progress.iteration == 1
+
+
+def read_metrics(run: Run) -> None:
+    """Bring the numbers since the last reading to the host, check them, and write the files."""
+    records = run.metrics.flush()
+    if not records:
+        return
+    if run.device.type == "cuda" and run.config.logger.log_memory_to_tensorboard:
+        records[-1].values["mem-allocated-bytes"] = torch.cuda.memory_allocated(run.device)
+        records[-1].values["mem-reserved-bytes"] = torch.cuda.memory_reserved(run.device)
+    for record in records:
+        record.values["throughput"] = run.throughput.tflops(record.global_batch_size, record.elapsed_ms / 1000.0)
+    run.writers.iterations(records, dist.get_world_size())
+    run.unprinted += records
+    check_losses(run, records)
+
+
+def log(run: Run) -> None:
+    """Print the log line of the interval that ends here."""
+    read_metrics(run)
+    if run.unprinted:
+        throughput = run.throughput if run.config.logger.log_throughput else None
+        print_rank_last(console_line(run.unprinted, run.total_iterations, throughput))
+        run.unprinted = []
+
+
+def check_losses(run: Run, records: Sequence[IterationRecord]) -> None:
+    """Stop at a loss or gradient that is not a number; warn of a spike, when asked to.
+
+    Raises:
+        FloatingPointError: the update of that iteration was skipped, so weights and checkpoints are sound.
+    """
+    training = run.config.training
+    broken = [record for record in records if record.values["nan"] or not math.isfinite(record.values["lm_loss"])]
+    if broken and training.check_for_nan_in_loss_and_grad and not run.config.transformer.fp16:
+        first = broken[0]
+        raise FloatingPointError(
+            f"iteration {first.iteration}: lm loss {first.values['lm_loss']}, grad norm {first.values['grad_norm']}. "
+            f"Its update, from samples {first.consumed_samples - first.global_batch_size} to {first.consumed_samples}, "
+            "was skipped. Lower --lr or lengthen the warm-up; to leave these data out, resume with "
+            f"--iterations-to-skip {first.iteration}; to go on regardless, --no-check-for-nan-in-loss-and-grad."
+        )
+    for record in records:
+        loss = record.values["lm_loss"]
+        if training.check_for_spiky_loss and run.largest_loss and loss > 10 * run.largest_loss:
+            print_rank_last(
+                f"WARNING: iteration {record.iteration}: lm loss {loss:.6E} is more than ten times the largest "
+                f"seen before ({run.largest_loss:.6E})"
+            )
+        if math.isfinite(loss):
+            run.largest_loss = max(run.largest_loss, loss)
+
+
+def evaluation_has_begun(run: Run) -> bool:
+    """Whether --start-eval-at-iter has been reached."""
+    start = run.config.validation.start_eval_at_iter
+    return start is None or run.progress.iteration >= start
+
+
+def evaluate_and_log(run: Run, where: str, split: str = "validation") -> None:
+    """Evaluate on the validation or test split and report in Megatron's words; nothing happens without data."""
+    stream = run.valid_stream if split == "validation" else run.test_stream
+    iterations = run.config.validation.eval_iters
+    if stream is None or iterations == 0:
+        return
+    read_metrics(run)
+    for hook in run.hooks:
+        hook.around_evaluation()
+    batch_size = run.config.global_batch_size
+    loss = evaluate(
+        run.model,
+        stream,
+        iterations=iterations,
+        num_microbatches=batch_size // run.batch_calculator.micro_batch_size // run.config.data_parallel_size,
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    if split == "validation":
+        run.progress.consumed_valid_samples += iterations * batch_size
+    perplexity = math.exp(min(20.0, loss))
+    line = f" {split} loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
+    print_rank_last(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
+    run.writers.validation(run.progress.iteration, run.progress.consumed_train_samples, loss, split)
+    for hook in run.hooks:
+        hook.around_evaluation()
+    run.metrics.restart_clock()
+
+
+def save_now(run: Run) -> None:
+    """Check the numbers so far, then write a checkpoint."""
+    read_metrics(run)
+    save(run.config, run.model, run.optimizer, run.scheduler, run.progress)
+    run.metrics.restart_clock()
+
+
+def finish(run: Run) -> None:
+    """Close files and hooks, after success and failure alike."""
+    for hook in run.hooks:
+        hook.close()
+    run.writers.close()

@@ -1,0 +1,192 @@
+"""Where metrics go: the console line, a JSON-lines file, TensorBoard, wandb.
+
+Only one rank writes: the last one, which under pipeline parallelism is the one that has the loss.
+"""
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.training.config import LoggerConfig
+from megatron_lite.training.metrics import IterationRecord
+from megatron_lite.training.throughput import Throughput
+
+
+def console_line(records: Sequence[IterationRecord], total_iterations: int, throughput: Throughput | None) -> str:
+    """Megatron's log line for the interval that ends with the last record; losses are means over the interval.
+
+    Iterations whose update was skipped count in "number of skipped iterations" and not in the mean of the loss.
+    `throughput`, when asked for, adds TFLOP/s per GPU, tokens per second and MFU. The line closes with the time left.
+    """
+    last = records[-1]
+    elapsed_ms = sum(record.elapsed_ms for record in records) / len(records)
+    trained = [record for record in records if math.isfinite(record.values["lm_loss"])] or list(records)
+    loss = sum(record.values["lm_loss"] for record in trained) / len(trained)
+    skipped = sum(int(record.values["skipped"]) for record in records)
+    not_a_number = sum(int(record.values["nan"]) for record in records)
+
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
+    parts = [
+        f" [{now}] iteration {last.iteration:8d}/{total_iterations:8d}",
+        f"consumed samples: {last.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {elapsed_ms:.1f}",
+    ]
+    if throughput is not None:
+        parts += throughput.describe(last.global_batch_size, elapsed_ms / 1000.0)
+    parts += [
+        f"learning rate: {last.values['learning_rate']:.6E}",
+        f"global batch size: {last.global_batch_size:5d}",
+        f"lm loss: {loss:.6E}",
+        f"loss scale: {last.values['loss_scale']:.1f}",
+        f"grad norm: {last.values['grad_norm']:.3f}",
+    ]
+    if "num_zeros" in last.values:
+        parts.append(f"num zeros: {int(last.values['num_zeros'])}")
+    if "params_norm" in last.values:
+        parts.append(f"params norm: {last.values['params_norm']:.3f}")
+    parts += [
+        f"number of skipped iterations: {skipped:3d}",
+        f"number of nan iterations: {not_a_number:3d}",
+        f"time left: {duration((total_iterations - last.iteration) * elapsed_ms / 1000.0)}",
+    ]
+    return " | ".join(parts) + " |"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(max(seconds, 0.0))))
+
+
+class JsonLines:
+    """One JSON object a line. On resume, lines of iterations that will be run again are dropped first."""
+
+    def __init__(self, path: str, first_iteration: int) -> None:
+        """Open `path` for appending; keep only what was written before `first_iteration`."""
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        kept = []
+        if first_iteration > 1 and os.path.exists(path):
+            with open(path, encoding="utf-8") as old:
+                kept = [line for line in old if _iteration_of(line) < first_iteration]
+        temporary = f"{path}.tmp"
+        with open(temporary, "w", encoding="utf-8") as new:
+            new.writelines(kept)
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+
+    def write(self, objects: Sequence[dict[str, Any]]) -> None:
+        """Append and hand over to the operating system, so that a killed process loses nothing written."""
+        self._file.writelines(json.dumps(item) + "\n" for item in objects)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _iteration_of(line: str) -> float:
+    """The iteration a line belongs to; a line cut short by a kill belongs to none and is dropped."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Writers:
+    """All destinations of one run. On ranks that do not write, every method does nothing."""
+
+    def __init__(self, config: LoggerConfig, active: bool, first_iteration: int, run_config: dict[str, Any]) -> None:
+        """Open what `config` asks for; `first_iteration` is the one about to be trained."""
+        self.config = config
+        self.active = active
+        self._json = JsonLines(config.metrics_jsonl, first_iteration) if active and config.metrics_jsonl else None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if active and config.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                log_dir=config.tensorboard_dir, max_queue=config.tensorboard_queue_size, purge_step=first_iteration
+            )
+        if active and config.wandb_project:
+            self._wandb = _start_wandb(config, run_config)
+
+    def iterations(self, records: Sequence[IterationRecord], world_size: int) -> None:
+        """Write training iterations."""
+        if self._json:
+            self._json.write([record.as_json() for record in records])
+        for record in records:
+            if record.iteration % self.config.tensorboard_log_interval == 0:
+                self._scalars(self._tags(record, world_size), record.iteration, record.consumed_samples)
+
+    def validation(self, iteration: int, consumed_samples: int, loss: float, split: str = "validation") -> None:
+        """Write one evaluation: the mean loss per token over the held-out batches."""
+        perplexity = math.exp(min(20.0, loss))
+        if self._json:
+            entry = {"iteration": iteration, "consumed_samples": consumed_samples, f"{split}_loss": loss}
+            self._json.write([{**entry, f"{split}_ppl": perplexity}])
+        tags = {f"lm loss {split}": loss}
+        if self.config.log_validation_ppl_to_tensorboard:
+            tags[f"lm loss {split} ppl"] = perplexity
+        self._scalars(tags, iteration, consumed_samples)
+
+    def _tags(self, record: IterationRecord, world_size: int) -> dict[str, float]:
+        values, config = record.values, self.config
+        tags = {
+            "learning-rate": values["learning_rate"],
+            "batch-size": record.global_batch_size,
+            "lm loss": values["lm_loss"],
+            "grad-norm": values["grad_norm"],
+            "iteration-time": record.elapsed_ms / 1000.0,
+        }
+        if config.log_loss_scale_to_tensorboard:
+            tags["loss-scale"] = values["loss_scale"]
+        if config.log_world_size_to_tensorboard:
+            tags["world-size"] = world_size
+        for key in ("num_zeros", "params_norm", "throughput", "mem-allocated-bytes", "mem-reserved-bytes"):
+            if key in values:
+                tags[key.replace("_", "-")] = values[key]
+        return tags
+
+    def _scalars(self, tags: dict[str, float], iteration: int, samples: int) -> None:
+        if self._tensorboard:
+            for tag, value in tags.items():
+                self._tensorboard.add_scalar(tag, value, iteration)
+                if "loss" in tag or tag in ("learning-rate", "grad-norm"):
+                    self._tensorboard.add_scalar(f"{tag} vs samples", value, samples)
+        if self._wandb:
+            self._wandb.log(tags, step=iteration)
+
+    def flush(self) -> None:
+        """Make what was written visible to readers."""
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Close every destination."""
+        if self._json:
+            self._json.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(config: LoggerConfig, run_config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"wandb_project is {config.wandb_project!r}, but the wandb package is not installed: "
+            "pip install 'megatron-lite[wandb]', or leave out --wandb-project."
+        ) from error
+    return wandb.init(
+        project=config.wandb_project,
+        name=config.wandb_exp_name,
+        entity=config.wandb_entity,
+        dir=config.wandb_save_dir,
+        config=run_config,
+    )

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Pretrain a GPT. `pretrain_gpt.py --help` lists the flags; README.md shows complete commands.
+
+torchrun --nproc-per-node 2 pretrain_gpt.py --config configs/quickstart.yaml --tensor-model-parallel-size 2 --mock-data
+"""
+
+import sys
+
+from megatron_lite.arguments import RunConfig, parse_args
+from megatron_lite.errors import ConfigError
+
+
+def main() -> None:
+    """Flags to config, config to run."""
+    try:
+        config = parse_args()
+        if config.dry_run:
+            from megatron_lite.dry_run import dry_run
+
+            dry_run(config)
+        else:
+            pretrain(config)
+    except ConfigError as error:
+        sys.exit(f"pretrain_gpt.py: {error}")
+
+
+def pretrain(config: RunConfig) -> None:
+    """One rank's run from start to end."""
+    # Imported here, so that --help and --print-config answer at once.
+    from megatron_lite.optimizer import get_megatron_optimizer
+    from megatron_lite.tokenizers import build_tokenizer
+    from megatron_lite.training import setup
+    from megatron_lite.training.checkpointing import load
+    from megatron_lite.training.initialize import announce, distributed_environment
+    from megatron_lite.training.train import evaluate_and_log, finish, train
+
+    with distributed_environment(config) as device:
+        announce(config, device)
+        tokenizer = build_tokenizer(config.tokenizer)
+        model = setup.model_of(config, tokenizer, device)
+        optimizer = get_megatron_optimizer(config.optimizer, model)
+        scheduler = setup.scheduler_of(config, optimizer)
+        progress = load(config, model, optimizer, scheduler)
+        run = setup.assemble(config, device, tokenizer, model, optimizer, scheduler, progress)
+        try:
+            stopped_early = not config.validation.skip_train and train(run)
+            if not stopped_early:
+                evaluate_and_log(run, f"iteration {progress.iteration} on validation set")
+                evaluate_and_log(run, f"iteration {progress.iteration} on test set", split="test")
+        finally:
+            finish(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# From nothing to a trained GPT in a few minutes, on a laptop or a GPU machine.
+#
+# Turns the Python standard library on this machine into a corpus, trains a tokenizer and a small GPT on it,
+# and lets the model write some Python. Everything lands in $RUN; run it again and it resumes.
+#   RUN=DIR     where the run lives (default: quickstart-run)
+#   PYTHON=, VENV=  the interpreter and the virtual environment (see scripts/environment.sh)
+# Further arguments go to pretrain_gpt.py: scripts/quickstart.sh --train-iters 1000
+set -euo pipefail
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+RUN="${RUN:-$REPO/quickstart-run}"
+cd "$REPO"
+source scripts/environment.sh
+
+step() { printf '\n\033[1m[%s/6] %s\033[0m\n' "$1" "$2"; }
+
+step 1 "Environment"
+ensure_environment dev
+mkdir -p "$RUN"
+# Two-way tensor parallelism without a GPU, all GPUs where there are some.
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+RANKS=$((GPUS > 0 ? GPUS : 2))
+TENSOR_PARALLEL=$((GPUS > 0 ? (GPUS % 2 == 0 ? 2 : 1) : 2))
+echo "torch $(python -c 'import torch; print(torch.__version__)'), $RANKS processes, tensor parallel $TENSOR_PARALLEL, results in $RUN"
+
+step 2 "Corpus: the Python standard library"
+[ -s "$RUN/corpus.jsonl" ] || python tools/make_python_corpus.py --output "$RUN/corpus.jsonl"
+ls -lh "$RUN/corpus.jsonl" | awk '{print $5, $NF}'
+
+step 3 "Tokenizer and .bin/.idx files"
+[ -s "$RUN/tokenizer.model" ] ||
+    python tools/train_sentencepiece.py --input "$RUN/corpus.jsonl" --model-prefix "$RUN/tokenizer" --vocab-size 4096
+[ -s "$RUN/corpus_text_document.idx" ] ||
+    python tools/preprocess_data.py --input "$RUN/corpus.jsonl" --output-prefix "$RUN/corpus" --append-eod \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model" --workers 2
+ls -lh "$RUN"/corpus_text_document.* | awk '{print $5, $NF}'
+
+step 4 "Training"
+torchrun --nproc-per-node "$RANKS" pretrain_gpt.py --config configs/quickstart.yaml \
+    --tensor-model-parallel-size "$TENSOR_PARALLEL" \
+    --data-path "$RUN/corpus_text_document" --data-cache-path "$RUN/cache" \
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model" \
+    --save "$RUN/checkpoints" --load "$RUN/checkpoints" \
+    --tensorboard-dir "$RUN/tensorboard" --metrics-jsonl "$RUN/metrics.jsonl" "$@"
+
+step 5 "What it learned"
+python tools/report_loss.py --metrics "$RUN/metrics.jsonl" --data-path "$RUN/corpus_text_document" --output "$RUN/loss.png"
+
+step 6 "A sample from the model"
+python tools/generate.py --load "$RUN/checkpoints" --prompt "def " --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1
+
+cat <<END
+
+Done. What to try next:
+  train longer               scripts/quickstart.sh --train-iters 1000
+  look at the curves         $VENV/bin/tensorboard --logdir $RUN/tensorboard   (or open $RUN/loss.png)
+  write from your prompt     $VENV/bin/python tools/generate.py --load $RUN/checkpoints --prompt "class "
+  plan a cluster run         $VENV/bin/python pretrain_gpt.py --dry-run --world-size 1024 --config configs/llama3_70b.yaml
+  go to SLURM                scripts/slurm/pretrain.sbatch
+END

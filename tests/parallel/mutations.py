@@ -1,0 +1,194 @@
+"""The product's code, broken on purpose in known ways: proof that the layout tests can fail.
+
+Each entry reintroduces a defect that real frameworks have shipped. `mutation(name)` applies it inside the process that
+runs a layout; `mutation(None)` changes nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.optimizer import clip_grads, optimizer
+from megatron_lite.tensor_parallel import collectives, layers, parameters
+from megatron_lite.training import step
+
+
+@contextmanager
+def mutation(name: str | None) -> Iterator[None]:
+    """Break the code as `name` says, until the end of the block."""
+    with nullcontext() if name is None else MUTATIONS[name]():
+        yield
+
+
+def _undeclared(matches: Callable[[str], bool]):
+    """Parameters whose name matches are no longer declared partial over tensor parallel ranks."""
+    original = parameters.named_parameter_specs
+
+    def broken(model):
+        specs = original(model)
+        return {
+            name: dataclasses.replace(spec, partial_over_tp=False) if matches(name) else spec
+            for name, spec in specs.items()
+        }
+
+    return mock.patch("megatron_lite.distributed.finalize_model_grads.named_parameter_specs", broken)
+
+
+def norms_not_summed():
+    """T1: norms under sequence parallelism are taken to have complete gradients."""
+    return _undeclared(lambda name: "layernorm" in name and "q_layernorm" not in name and "k_layernorm" not in name)
+
+
+def row_bias_not_summed():
+    """T1: the same for the biases of row-parallel layers."""
+    return _undeclared(lambda name: name.endswith(("linear_proj.bias", "linear_fc2.bias")))
+
+
+def qk_norms_not_summed():
+    """T2: query and key norms are taken to have complete gradients; wrong without sequence parallelism too."""
+    return _undeclared(lambda name: "q_layernorm" in name or "k_layernorm" in name)
+
+
+def partial_gradients_averaged():
+    """T1: the sum over tensor parallel ranks became a mean."""
+    original = dist.all_reduce
+
+    def broken(tensor, op=dist.ReduceOp.SUM, group=None, **kwargs):
+        original(tensor, op=op, group=group, **kwargs)
+        tensor /= dist.get_world_size(group)
+
+    return mock.patch("megatron_lite.distributed.finalize_model_grads.dist.all_reduce", broken)
+
+
+def row_bias_on_every_rank():
+    """T5: the row-parallel bias is added before the reduction, once on each rank."""
+
+    def broken(self, input_):
+        if not self.communicates:
+            return torch.nn.functional.linear(input_, self.weight.to_local(), self.bias)
+        reduce = (
+            layers.reduce_scatter_to_sequence_parallel_region
+            if self.sequence_parallel
+            else layers.reduce_from_tensor_model_parallel_region
+        )
+        output = reduce(torch.nn.functional.linear(input_, self.weight.to_local(), self.bias), self.tp_group)
+        return (output, None) if self.skip_bias_add else output
+
+    return mock.patch.object(layers.RowParallelLinear, "forward", broken)
+
+
+def local_softmax_denominator():
+    """T7: cross entropy normalizes over this rank's part of the vocabulary alone."""
+
+    def broken(tensor: Tensor, dim: int, group) -> Tensor:
+        return torch.cat([tensor] * group.size(), dim=dim)
+
+    return mock.patch.object(collectives, "all_gather", broken)
+
+
+def padded_vocabulary_in_softmax():
+    """T8: columns that pad the vocabulary take part in the softmax."""
+    from megatron_lite.models.gpt import gpt_model
+
+    original = gpt_model.linear_cross_entropy
+
+    def broken(*arguments, vocab_size, **kwargs):
+        return original(*arguments, vocab_size=128, **kwargs)
+
+    return mock.patch.object(gpt_model, "linear_cross_entropy", broken)
+
+
+def mean_of_local_means():
+    """T22: each micro-batch is divided by its own token count, then averaged."""
+    original = step.loss_weights
+    return mock.patch.object(
+        step, "loss_weights", lambda batches, total, size, per_token: original(batches, total, size, False)
+    )
+
+
+def tokens_counted_locally():
+    """T17, T22: the token count is not summed over the data parallel ranks."""
+
+    def broken(micro_batches, group):
+        count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum()
+        return count.clamp(min=1.0)
+
+    return mock.patch.object(step, "count_tokens", broken)
+
+
+def synchronized_on_first_micro_batch():
+    """T24, T25: gradients are reduced after the first micro-batch; those of the later ones stay on their rank."""
+    original = step.set_is_last_microbatch
+    calls = iter([True])
+
+    def broken(model, is_last):
+        original(model, next(calls, False) or is_last)
+
+    return mock.patch.object(step, "set_is_last_microbatch", broken)
+
+
+def gradients_averaged_over_data_parallel():
+    """T22, T24: FSDP's usual mean instead of a sum."""
+    from torch.distributed.fsdp import FSDPModule
+
+    original = FSDPModule.set_gradient_divide_factor
+
+    def broken(self, factor):
+        original(self, 2.0)
+
+    return mock.patch.object(FSDPModule, "set_gradient_divide_factor", broken)
+
+
+def replicas_counted_in_norm():
+    """T26: each rank counts the parameters that all tensor parallel ranks hold."""
+    return mock.patch.object(optimizer, "counts_here", return_value=True)
+
+
+def local_norm():
+    """T26: the norm is taken over this rank's shards alone."""
+    original = clip_grads.global_grad_statistics
+
+    def broken(gradients, device, count_zeros=False):
+        with mock.patch.object(clip_grads.dist, "all_reduce", return_value=None):
+            return original(gradients, device, count_zeros)
+
+    return mock.patch.object(optimizer, "global_grad_statistics", broken)
+
+
+def weight_decay_on_vectors():
+    """T28: biases and norms decay like matrices."""
+    original = optimizer.get_param_groups
+
+    def broken(*arguments, **kwargs):
+        groups = original(*arguments, **kwargs)
+        for group in groups:
+            group["wd_mult"] = 1.0
+        return groups
+
+    return mock.patch.object(optimizer, "get_param_groups", broken)
+
+
+MUTATIONS = {
+    function.__name__: function
+    for function in (
+        norms_not_summed,
+        row_bias_not_summed,
+        qk_norms_not_summed,
+        partial_gradients_averaged,
+        row_bias_on_every_rank,
+        local_softmax_denominator,
+        padded_vocabulary_in_softmax,
+        mean_of_local_means,
+        tokens_counted_locally,
+        synchronized_on_first_micro_batch,
+        gradients_averaged_over_data_parallel,
+        replicas_counted_in_norm,
+        local_norm,
+        weight_decay_on_vectors,
+    )
+}

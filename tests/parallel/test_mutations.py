@@ -1,0 +1,51 @@
+"""Each known defect, put back on purpose, is caught by the comparison of test_layout_matrix.py.
+
+A row names the mutation, a layout that shows it, and what has to deviate. Defects that leave the loss exact are the
+reason why gradients are compared.
+"""
+
+import pytest
+
+from tests.parallel.layouts import Layout, deviations, run_layout
+from tests.parallel.mutations import MUTATIONS
+from tests.parallel.test_layout_matrix import GRADIENT_BOUND, WEIGHT_BOUND, expected
+
+STEPS = 4  # enough for biases, zero at first, to take part
+
+SEQUENCE_PARALLEL = Layout(tp=2, sp=True, normalization="RMSNorm")
+TENSOR_PARALLEL = Layout(tp=2)
+DATA_PARALLEL = Layout(dp=2, strategy="optim_grads", accumulation=3)
+
+CASES = [
+    ("norms_not_summed", SEQUENCE_PARALLEL, "gradients"),  # T1
+    ("row_bias_not_summed", SEQUENCE_PARALLEL, "gradients"),  # T1
+    ("partial_gradients_averaged", SEQUENCE_PARALLEL, "gradients"),  # T1
+    ("qk_norms_not_summed", TENSOR_PARALLEL, "gradients"),  # T2
+    ("qk_norms_not_summed", SEQUENCE_PARALLEL, "gradients"),  # T2
+    ("row_bias_on_every_rank", TENSOR_PARALLEL, "losses"),  # T5
+    ("row_bias_on_every_rank", SEQUENCE_PARALLEL, "losses"),  # T5
+    ("local_softmax_denominator", TENSOR_PARALLEL, "loss"),  # T7
+    ("padded_vocabulary_in_softmax", Layout(tp=4), "loss"),  # T8
+    ("mean_of_local_means", DATA_PARALLEL, "gradients"),  # T22
+    ("tokens_counted_locally", DATA_PARALLEL, "gradients"),  # T17, T22
+    ("gradients_averaged_over_data_parallel", DATA_PARALLEL, "gradients"),  # T22, T24
+    ("synchronized_on_first_micro_batch", Layout(dp=2, strategy="optim", accumulation=3), "gradients"),  # T24, T25
+    ("replicas_counted_in_norm", TENSOR_PARALLEL, "grad_norm"),  # T26
+    ("replicas_counted_in_norm", Layout(dp=2), "grad_norm"),  # T26
+    ("local_norm", TENSOR_PARALLEL, "grad_norm"),  # T26
+    ("weight_decay_on_vectors", TENSOR_PARALLEL, "weights"),  # T28
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "deviates"), CASES, ids=[f"{name}-{row.name}" for name, row, _ in CASES])
+def test_mutation_is_caught(pool, name, layout, deviates):
+    """The broken code deviates by far more than rounding where the comparison looks."""
+    result = pool.run(run_layout, layout, STEPS, name, world_size=layout.world_size)[0]
+    found = deviations(result, expected(layout.model, STEPS))
+    bound = WEIGHT_BOUND if deviates in ("losses", "weights") else GRADIENT_BOUND
+    assert found[deviates] > 1000 * bound, found
+
+
+def test_every_mutation_is_tried():
+    """No mutation lies around unused."""
+    assert {name for name, _, _ in CASES} == set(MUTATIONS)
