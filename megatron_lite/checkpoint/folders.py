@@ -61,7 +61,7 @@ def complete_iterations(root: str | os.PathLike[str]) -> list[int]:
     """The iterations with a complete checkpoint under this root, ascending."""
     try:
         names = os.listdir(root)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(match.group(1)) for name in names if (match := _COMPLETE.fullmatch(name)))
 
