@@ -1,0 +1,1 @@
+"""Tokenized data on disk, and the samples cut from it."""

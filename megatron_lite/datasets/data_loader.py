@@ -1,0 +1,70 @@
+"""Batches for one data parallel rank, prefetched by worker processes."""
+
+import functools
+import signal
+from collections.abc import Sized
+from typing import Any, cast
+
+import torch
+
+from megatron_lite.datasets.samplers import MegatronPretrainingRandomSampler, MegatronPretrainingSampler
+from megatron_lite.errors import ConfigError
+
+DATALOADER_TYPES = ("single", "cyclic")
+
+
+def build_pretraining_data_loader(
+    dataset: torch.utils.data.Dataset[Any] | None,
+    consumed_samples: int,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+    dataloader_type: str = "single",
+    num_workers: int = 0,
+    exit_signal: signal.Signals | None = None,
+) -> torch.utils.data.DataLoader[Any] | None:
+    """A loader of micro-batches that begins after `consumed_samples` samples of the whole run.
+
+    The batches, dicts of [b, ...] tensors, are the same for every number of workers. They lie in pinned memory if there
+    is a GPU to copy them to.
+
+    Args:
+        dataset: what to load; None or an empty one gives None.
+        consumed_samples: samples read before, by all ranks together.
+        micro_batch_size: b, the samples of a batch.
+        data_parallel_rank: this rank. Ranks that differ in tensor, context or pipeline position alone pass the same.
+        data_parallel_size: number of such ranks.
+        dataloader_type: "single" reads the dataset in order and ends with it, "cyclic" in random orders without end.
+        num_workers: processes that prepare batches; 0 prepares them in this one.
+        exit_signal: a signal the training process answers by saving; the workers leave it to that process.
+
+    Raises:
+        ConfigError: another `dataloader_type`, or nothing left to read.
+    """
+    num_samples = 0 if dataset is None else len(cast(Sized, dataset))
+    if dataset is None or num_samples == 0:
+        return None
+    sampler: MegatronPretrainingSampler | MegatronPretrainingRandomSampler
+    position = (num_samples, consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
+    if dataloader_type == "single":
+        sampler = MegatronPretrainingSampler(*position)
+    elif dataloader_type == "cyclic":
+        sampler = MegatronPretrainingRandomSampler(dataset, *position)
+    else:
+        raise ConfigError(f"dataloader_type is {dataloader_type!r}, but must be one of: {', '.join(DATALOADER_TYPES)}.")
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=functools.partial(_leave_signals_to_trainer, exit_signal) if num_workers > 0 else None,
+    )
+
+
+def _leave_signals_to_trainer(exit_signal: signal.Signals | None, worker_id: int) -> None:
+    """A signal sent to the whole job must not end the workers before the training process has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if exit_signal is not None:
+        signal.signal(exit_signal, signal.SIG_IGN)
