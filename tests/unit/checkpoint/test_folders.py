@@ -33,14 +33,14 @@ def test_no_tracker_is_none(tmp_path: Path) -> None:
 def test_garbage_in_the_tracker_is_named_with_what_is_there(tmp_path: Path, content: bytes) -> None:
     make(tmp_path, 10, 20)
     (tmp_path / folders.TRACKER).write_bytes(content)
-    with pytest.raises(CheckpointError, match="number of an iteration.*Complete checkpoints here: 10, 20"):
+    with pytest.raises(CheckpointError, match=r"number of an iteration.*Complete checkpoints here: 10, 20"):
         read_tracker(tmp_path)
 
 
 def test_a_missing_checkpoint_is_answered_with_those_that_exist(tmp_path: Path) -> None:
     make(tmp_path, 10, 20)
     assert folders.find_checkpoint(tmp_path, 20).name == "iter_0000020"
-    with pytest.raises(CheckpointError, match="iteration 30 .*Complete checkpoints here: 10, 20.*--ckpt-step"):
+    with pytest.raises(CheckpointError, match=r"iteration 30 .*Complete checkpoints here: 10, 20.*--ckpt-step"):
         folders.find_checkpoint(tmp_path, 30)
 
 

@@ -1,6 +1,7 @@
 """Hostile and damaged `.metadata` files: a clear error, and nothing runs."""
 
 import collections
+import contextlib
 import copyreg
 import os
 import pickle
@@ -92,7 +93,7 @@ def test_an_exploit_is_refused_and_does_not_run(folder: Path, tmp_path: Path, pl
         (torch.load, "x"),
         (torch.Size.numel, torch.Size((1,))),
         (collections.OrderedDict,),
-        (copyreg._reconstructor, object, object, None),
+        (copyreg.pickle, int, int),
         (__import__, "os"),
     ],
 )
@@ -105,7 +106,7 @@ def test_no_callable_outside_the_list_is_reached(folder: Path, call: tuple[Any, 
 def test_allowed_names_are_inert_records(folder: Path) -> None:
     # protocol 0, by hand: call torch.Size with a text, then set attributes on the class itself
     (folder / METADATA).write_bytes(b"ctorch\nSize\n(S'x'\ntR(dS'__class__'\nI1\nsb.")
-    with pytest.raises(CheckpointError, match="is refused|is damaged"):
+    with pytest.raises(CheckpointError, match=r"is refused|is damaged"):
         read_metadata(folder)
     assert torch.Size([1]) == (1,)
 
@@ -174,10 +175,8 @@ def test_random_damage_never_ends_in_anything_but_a_clean_error(folder: Path) ->
             position = int(torch.randint(len(damaged), (), generator=generator))
             damaged[position] = int(torch.randint(256, (), generator=generator))
         (folder / METADATA).write_bytes(damaged)
-        try:
+        with contextlib.suppress(CheckpointError):
             read_metadata(folder)
-        except CheckpointError:
-            pass
 
 
 def test_a_truncated_or_missing_data_file_is_named(folder: Path) -> None:
