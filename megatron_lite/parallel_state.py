@@ -6,7 +6,6 @@ group of their role as an argument; the getters are the default for people who u
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -14,49 +13,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_lite.parallel_groups import EmbeddingRanks, ParallelGroups, make_parallel_groups
 from megatron_lite.process_groups import ProcessGroupCollection as ProcessGroupCollection
 from megatron_lite.process_groups import group_rank, group_size
-from megatron_lite.rank_generator import ParallelLayout, RankLists, hierarchical_ranks
+from megatron_lite.rank_generator import ParallelLayout
 from megatron_lite.rank_generator import RankGenerator as RankGenerator
 
-# get_mesh_of_group must tell these apart even where they hold the same ranks, so each has its own group.
-_UNSHARED_KINDS = ("tp", "expt_tp", "ep")
-
-_GroupKey = tuple[str | None, tuple[tuple[int, ...], ...]]
-
-
-@dataclass
-class _ParallelState:
-    """Everything `initialize_model_parallel` makes."""
-
-    layout: ParallelLayout
-    timeout: timedelta
-    groups: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    ranks: dict[str, list[int]] = field(default_factory=dict)
-    hierarchical: list[ProcessGroup] = field(default_factory=list)
-    created: list[ProcessGroup] = field(default_factory=list)
-    shareable: dict[_GroupKey, ProcessGroup | None] = field(default_factory=dict)
-    dense_mesh: DeviceMesh | None = None
-    expert_mesh: DeviceMesh | None = None
-
-    def add(self, name: str, rank_lists: RankLists, backend: str | None = None) -> ProcessGroup | None:
-        """Create (or share) the groups of one kind and remember this rank's own; all ranks call it alike."""
-        key = (backend, tuple(tuple(ranks) for ranks in rank_lists))
-        mine = next((ranks for ranks in rank_lists if dist.get_rank() in ranks), None)
-        if key not in self.shareable or name in _UNSHARED_KINDS:
-            # Every rank walks through every group: names and communicators stay in step on all of them.
-            made = [dist.new_group(ranks, timeout=self.timeout, backend=backend, group_desc=name) for ranks in rank_lists]
-            own = made[rank_lists.index(mine)] if mine is not None else None
-            if own is not None:
-                self.created.append(own)
-            self.shareable[key] = own
-        if mine is not None:
-            self.ranks[name] = mine
-        self.groups[name] = self.shareable[key]
-        return self.groups[name]
-
-
-_state: _ParallelState | None = None
+_state: ParallelGroups | None = None
 _owns_torch_distributed = False
 # Values set by the set_* functions, which win over the groups until they are set back to None.
 _overrides: dict[str, int | None] = {}
@@ -74,10 +37,11 @@ def default_position_embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return [pp_ranks[0]]
 
 
-def initialize_torch_distributed(timeout_minutes: float = 30) -> None:
+def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | None = None) -> None:
     """Initialize torch.distributed from torchrun's environment, or as a world of one process without it.
 
-    NCCL where there is a GPU (the one LOCAL_RANK names), gloo elsewhere. Does nothing if somebody already has.
+    Without a `backend` NCCL where there is a GPU (the one LOCAL_RANK names), gloo elsewhere. Does nothing if somebody
+    already has.
     """
     global _owns_torch_distributed
     if dist.is_initialized():
@@ -86,7 +50,7 @@ def initialize_torch_distributed(timeout_minutes: float = 30) -> None:
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if use_cuda else "gloo"
+    backend = backend or ("nccl" if use_cuda else "gloo")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -107,8 +71,8 @@ def initialize_model_parallel(
     expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 30,
     order: str = "tp-cp-ep-dp-pp",
-    get_embedding_ranks: Callable[[list[int]], list[int]] = default_embedding_ranks,
-    get_position_embedding_ranks: Callable[[list[int]], list[int]] = default_position_embedding_ranks,
+    get_embedding_ranks: EmbeddingRanks = default_embedding_ranks,
+    get_position_embedding_ranks: EmbeddingRanks = default_position_embedding_ranks,
     create_gloo_process_groups: bool = True,
 ) -> None:
     """Make the groups of every kind of parallelism; all processes call it with the same arguments.
@@ -150,56 +114,17 @@ def initialize_model_parallel(
         order=order,
         virtual_pp=virtual_pipeline_model_parallel_size,
     )
-    state = _ParallelState(layout, timedelta(minutes=distributed_timeout_minutes))
-    for name, rank_lists in layout.groups().items():
-        state.add(name, rank_lists, pipeline_model_parallel_comm_backend if name == "pp" else None)
-    pipelines = layout.dense.get_ranks("pp")
-    state.add("embd", [get_embedding_ranks(ranks) for ranks in pipelines])
-    state.add("pos_embd", [get_position_embedding_ranks(ranks) for ranks in pipelines])
-    _add_hierarchical_groups(state, hierarchical_context_parallel_sizes)
-    _add_gloo_groups(state, create_gloo_process_groups)
-    state.dense_mesh = _mesh(
-        state, layout.dense_mesh().tolist(), pp="pp", dp_replicate="inter_dp_cp", dp_shard="intra_dp_cp", tp="tp"
+    _state = make_parallel_groups(
+        layout,
+        timedelta(minutes=distributed_timeout_minutes),
+        pipeline_backend=pipeline_model_parallel_comm_backend,
+        hierarchical_sizes=hierarchical_context_parallel_sizes,
+        get_embedding_ranks=get_embedding_ranks,
+        get_position_embedding_ranks=get_position_embedding_ranks,
+        gloo=create_gloo_process_groups,
     )
-    state.expert_mesh = _mesh(
-        state,
-        layout.expert_mesh().tolist(),
-        pp="pp",
-        edp_replicate="inter_dist_opt",
-        edp_shard="intra_expt_dp",
-        ep="ep",
-        etp="expt_tp",
-    )
-    _state = state
     _virtual_pipeline_size = virtual_pipeline_model_parallel_size
     _virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
-
-
-def _add_hierarchical_groups(state: _ParallelState, sizes: list[int] | None) -> None:
-    if sizes is None:
-        return
-    per_group = [hierarchical_ranks(ranks, sizes) for ranks in state.layout.dense.get_ranks("cp")]
-    for level in range(len(sizes)):
-        own = state.add(f"hcp_{level}", [ranks for levels in per_group for ranks in levels[level]])
-        assert own is not None
-        state.hierarchical.append(own)
-
-
-def _add_gloo_groups(state: _ParallelState, wanted: bool) -> None:
-    needs_own = dist.get_backend() == "nccl"
-    rank_lists = state.layout.groups()
-    for name in ("dp", "dp_cp", "intra_dp_cp", "expt_dp", "intra_expt_dp"):
-        if not needs_own:
-            state.groups[f"{name}_gloo"] = state.groups[name]
-        elif wanted:
-            state.add(f"{name}_gloo", rank_lists[name], "gloo")
-
-
-def _mesh(state: _ParallelState, ranks: list[int], **kind_of_dimension: str) -> DeviceMesh:
-    groups = [state.groups[kind] for kind in kind_of_dimension.values()]
-    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    names = tuple(kind_of_dimension)
-    return DeviceMesh.from_group(groups, device_type, mesh=torch.tensor(ranks), mesh_dim_names=names)
 
 
 def destroy_model_parallel() -> None:
@@ -208,9 +133,8 @@ def destroy_model_parallel() -> None:
     state, _state = _state, None
     _virtual_pipeline_rank = _virtual_pipeline_size = None
     _overrides.clear()
-    if state is not None and dist.is_initialized():
-        for group in state.created:
-            dist.destroy_process_group(group)
+    if state is not None:
+        state.destroy()
 
 
 def shutdown() -> None:
@@ -232,7 +156,7 @@ def model_parallel_is_initialized() -> bool:
     return _state is not None
 
 
-def _existing(what: str) -> _ParallelState:
+def _existing(what: str) -> ParallelGroups:
     assert _state is not None, f"{what} is not initialized"
     return _state
 
@@ -258,20 +182,19 @@ def get_layout() -> ParallelLayout:
 
 def get_dense_mesh() -> DeviceMesh:
     """Mesh of the dense layers: ("pp", "dp_replicate", "dp_shard", "tp"); dp_replicate * dp_shard = dp * cp."""
-    mesh = _existing("dense device mesh").dense_mesh
-    assert mesh is not None
-    return mesh
+    return _existing("dense device mesh").dense_mesh
 
 
 def get_expert_mesh() -> DeviceMesh:
     """Mesh of the experts: ("pp", "edp_replicate", "edp_shard", "ep", "etp")."""
-    mesh = _existing("expert device mesh").expert_mesh
-    assert mesh is not None
-    return mesh
+    return _existing("expert device mesh").expert_mesh
 
 
 def get_mesh_of_group(group: ProcessGroup | None) -> DeviceMesh | None:
-    """The 1-D slice of a root mesh whose group this is (tp, etp or ep), else None."""
+    """The 1-D slice of a root mesh whose group this is (tp, etp or ep), else None.
+
+    These three are never one object, though other kinds that hold the same ranks may share one with them.
+    """
     if _state is None or group is None:
         return None
     if group is _state.groups["tp"]:

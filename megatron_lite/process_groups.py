@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch.distributed import ProcessGroup
 
@@ -66,4 +67,5 @@ class ProcessGroupCollection:
             raise ValueError(f"{', '.join(unknown)}: no such process group; the names are {', '.join(known)}.")
         if not parallel_state.is_initialized():
             return cls()
-        return cls(**{name: parallel_state.get_group(name) for name in names})
+        groups: dict[str, Any] = {name: parallel_state.get_group(name) for name in names}
+        return cls(**groups)

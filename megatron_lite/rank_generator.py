@@ -123,7 +123,8 @@ class ParallelLayout:
         """
         etp = tp if etp is None else etp
         sizes = {"tensor": tp, "pipeline": pp, "context": cp, "expert": ep, "expert tensor": etp}
-        found = [f"The {name} parallel size is {size}, but must be at least 1." for name, size in sizes.items() if size < 1]
+        too_small = {name: size for name, size in sizes.items() if size < 1}
+        found = [f"The {name} parallel size is {size}, but must be at least 1." for name, size in too_small.items()]
         if found:
             raise ParallelLayoutError.from_violations(found)
         found = _world_violations(world_size, {"tensor": tp, "pipeline": pp, "context": cp})
@@ -147,8 +148,8 @@ class ParallelLayout:
                 )
         if dense.get_ranks("pp") != expert.get_ranks("pp"):
             found.append(
-                f"With order {order} the pipeline groups of the dense layers (data parallel size {dp}) and of the experts "
-                f"({edp}) differ, but a rank holds the same stage of both; put pp last in the order, "
+                f"With order {order} the pipeline groups of the dense layers (data parallel size {dp}) and of the "
+                f"experts ({edp}) differ, but a rank holds the same stage of both; put pp last in the order, "
                 f"or choose etp * ep = tp * cp (here {etp * ep} and {tp * cp})."
             )
         if found:
@@ -178,7 +179,7 @@ class ParallelLayout:
             "expt_dp": expert("dp"),
             "intra_expt_dp": _along(expert_mesh, 2),
             "inter_dist_opt": _along(expert_mesh, 1),
-            "intra_dist_opt": np.moveaxis(expert_mesh, 1, 0).reshape(expert_mesh.shape[1], -1).tolist(),
+            "intra_dist_opt": np.sort(np.moveaxis(expert_mesh, 1, 0).reshape(expert_mesh.shape[1], -1)).tolist(),
         }
 
     def dense_mesh(self) -> npt.NDArray[np.int64]:

@@ -38,8 +38,16 @@ def default_init_method(tensor: Tensor) -> Tensor:
     return nn.init.normal_(tensor, std=DEFAULT_INIT_STD)
 
 
+def local_in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """This rank's shard of a parameter, cast unless FSDP's mixed precision already has."""
+    shard = local(parameter)
+    return shard if shard.dtype == dtype else shard.to(dtype)
+
+
 class _ParallelLinear(nn.Module):
     """What the column and the row layer share: the group, the checks and the form of the output."""
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -90,9 +98,8 @@ class _ParallelLinear(nn.Module):
     def _weight_init(self, init_method: InitMethod | None) -> InitMethod:
         return init_method or getattr(self.config, "init_method", None) or default_init_method
 
-    def _cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        tensor = local(parameter)
-        return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    def _bias_for(self, input_: Tensor) -> Tensor | None:
+        return None if self.bias is None else local_in_dtype(self.bias, input_.dtype)
 
     def extra_repr(self) -> str:
         """Logical sizes and the number of shards, for print(model)."""
@@ -123,6 +130,8 @@ class ColumnParallelLinear(_ParallelLinear):
     Raises:
         ConfigError: sizes that do not divide.
     """
+
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -171,11 +180,11 @@ class ColumnParallelLinear(_ParallelLinear):
                 "This ColumnParallelLinear was built with skip_weight_param_allocation=True and holds no weight; "
                 "pass forward(input_, weight=...)."
             )
-        weight = self._cast(weight, input_.dtype)
+        weight = local_in_dtype(weight, input_.dtype)
         expected = (self.output_size_per_partition, self.input_size)
         if tuple(weight.shape) != expected:
             raise ConfigError(f"The weight's shape is {tuple(weight.shape)}, but this rank's shard is {expected}.")
-        bias = None if self.bias is None else self._cast(self.bias, input_.dtype)
+        bias = self._bias_for(input_)
         output = linear_with_grad_accumulation_and_async_allreduce(
             input_,
             weight,
@@ -212,6 +221,8 @@ class RowParallelLinear(_ParallelLinear):
         ConfigError: sizes that do not divide.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         input_size: int,
@@ -246,8 +257,8 @@ class RowParallelLinear(_ParallelLinear):
         """
         if not self._is_parallel(input_):
             input_ = scatter_to_tensor_model_parallel_region(input_, self.tp_group)
-        weight = self._cast(self.weight, input_.dtype)
-        bias = None if self.bias is None else self._cast(self.bias, input_.dtype)
+        weight = local_in_dtype(self.weight, input_.dtype)
+        bias = self._bias_for(input_)
         added_here = None if self.skip_bias_add else bias
         if not self.communicates:
             output = F.linear(input_, weight, added_here)
@@ -290,6 +301,8 @@ class VocabParallelEmbedding(nn.Module):
     Raises:
         ConfigError: sizes that do not divide.
     """
+
+    weight: nn.Parameter
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Collectives with a gradient, each with its contract: what forward does, what backward does.
 
-All take `group=None` for the tensor parallel group; with one rank, or no process group at all, they are the identity.
+All take `group=None` (also spelled `tp_group=`) for the tensor parallel group; with one rank, or no process group at
+all, they are the identity.
 They are built on functional collectives, so torch.compile sees through them. Activations are [s, b, h]: the sequence
 is dim 0, the features are the last dim. In the papers' terms copy is f and reduce is g (Megatron-LM, Shoeybi et al.
 2019, section 3); gather and reduce-scatter along the sequence are g and g-bar of Korthikanti et al. 2022, section 4.
@@ -19,8 +20,16 @@ from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel import collectives
 
 
-def default_group(group: ProcessGroup | None) -> ProcessGroup | None:
-    """`group`, or the tensor parallel group where it exists."""
+def default_group(group: ProcessGroup | None, tp_group: ProcessGroup | None = None) -> ProcessGroup | None:
+    """`group`, or `tp_group` (a second spelling of the same argument), or the tensor parallel group where it exists.
+
+    Raises:
+        ConfigError: both spellings with different groups.
+    """
+    if group is not None and tp_group is not None and group is not tp_group:
+        raise ConfigError("group and tp_group are two spellings of one argument, but name different groups; keep one.")
+    if group is None:
+        group = tp_group
     return group if group is not None else parallel_state.get_tensor_model_parallel_group(check_initialized=False)
 
 
@@ -81,7 +90,9 @@ class _ReduceScatter(Function):
 
 class _AllToAll(Function):
     @staticmethod
-    def forward(ctx: Any, input_: Tensor, output_splits: list[int], input_splits: list[int], group: ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, input_: Tensor, output_splits: list[int], input_splits: list[int], group: ProcessGroup
+    ) -> Tensor:
         ctx.output_splits, ctx.input_splits, ctx.group = output_splits, input_splits, group
         return collectives.all_to_all(input_, output_splits, input_splits, group)
 
@@ -90,47 +101,57 @@ class _AllToAll(Function):
         return collectives.all_to_all(grad, ctx.input_splits, ctx.output_splits, ctx.group), None, None, None
 
 
-def copy_to_tensor_model_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def copy_to_tensor_model_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: identity. Backward: all-reduce."""
-    group = default_group(group)
+    group = default_group(group, tp_group)
     return input_ if group is None or group_size(group) == 1 else _CopyToRegion.apply(input_, group)
 
 
-def reduce_from_tensor_model_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def reduce_from_tensor_model_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: all-reduce. Backward: identity."""
-    group = default_group(group)
+    group = default_group(group, tp_group)
     return input_ if group is None or group_size(group) == 1 else _ReduceFromRegion.apply(input_, group)
 
 
-def scatter_to_tensor_model_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def scatter_to_tensor_model_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: keep this rank's part of the last dim, [..., n] -> [..., n/tp]. Backward: all-gather.
 
     Raises:
         ConfigError: the last dim is not divisible by the group's size.
     """
-    group = default_group(group)
+    group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
     _require_divisible(input_, -1, group, "last dimension")
     return _Split.apply(input_, -1, group)
 
 
-def gather_from_tensor_model_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def gather_from_tensor_model_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: all-gather along the last dim, [..., n/tp] -> [..., n]. Backward: split.
 
     For outputs that every rank uses alike, so that their gradient is the same on all of them.
     """
-    group = default_group(group)
+    group = default_group(group, tp_group)
     return input_ if group is None or group_size(group) == 1 else _Gather.apply(input_, -1, False, group)
 
 
-def scatter_to_sequence_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def scatter_to_sequence_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: keep this rank's part of the sequence, [s, ...] -> [s/tp, ...]. Backward: all-gather.
 
     Raises:
         ConfigError: the sequence is not divisible by the group's size.
     """
-    group = default_group(group)
+    group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
     _require_divisible(input_, 0, group, "sequence length (dim 0)")
@@ -138,7 +159,11 @@ def scatter_to_sequence_parallel_region(input_: Tensor, group: ProcessGroup | No
 
 
 def gather_from_sequence_parallel_region(
-    input_: Tensor, tensor_parallel_output_grad: bool = True, group: ProcessGroup | None = None
+    input_: Tensor,
+    tensor_parallel_output_grad: bool = True,
+    group: ProcessGroup | None = None,
+    *,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Forward: all-gather along the sequence, [s/tp, ...] -> [s, ...]. Backward: reduce-scatter, or split.
 
@@ -147,39 +172,46 @@ def gather_from_sequence_parallel_region(
         tensor_parallel_output_grad: the ranks use the result for different work, so their gradients are summed
             (reduce-scatter); False if all compute the same with it (split).
         group: default the tensor parallel group.
+        tp_group: the same.
     """
-    group = default_group(group)
+    group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
     return _Gather.apply(input_, 0, tensor_parallel_output_grad, group)
 
 
-def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def reduce_scatter_to_sequence_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: reduce-scatter along the sequence, [s, ...] -> [s/tp, ...]. Backward: all-gather.
 
     Raises:
         ConfigError: the sequence is not divisible by the group's size.
     """
-    group = default_group(group)
+    group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
     _require_divisible(input_, 0, group, "sequence length (dim 0)")
     return _ReduceScatter.apply(input_, 0, group)
 
 
-def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def all_gather_last_dim_from_tensor_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: all-gather along the last dim. Backward: reduce-scatter along it."""
-    group = default_group(group)
+    group = default_group(group, tp_group)
     return input_ if group is None or group_size(group) == 1 else _Gather.apply(input_, -1, True, group)
 
 
-def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def reduce_scatter_last_dim_to_tensor_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None, *, tp_group: ProcessGroup | None = None
+) -> Tensor:
     """Forward: reduce-scatter along the last dim. Backward: all-gather along it.
 
     Raises:
         ConfigError: the last dim is not divisible by the group's size.
     """
-    group = default_group(group)
+    group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
     _require_divisible(input_, -1, group, "last dimension")

@@ -75,12 +75,14 @@ def broadcast_data(
             raise ConfigError(f"{key} is {tensor.dtype}, but is sent as {datatype}; convert it first.")
     if group_size(group) == 1:
         return tensors
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    on_gpu = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     shapes: list[dict[str, torch.Size]] = [{key: tensor.shape for key, tensor in tensors.items()}]
     dist.broadcast_object_list(shapes, group=group, group_src=0)
     received = {}
     for key in keys:
-        tensor = tensors[key].to(device).contiguous() if tensors else torch.empty(shapes[0][key], dtype=datatype, device=device)
+        tensor = tensors[key].contiguous() if tensors else torch.empty(shapes[0][key], dtype=datatype)
+        tensor = tensor.to(device)
         dist.broadcast(tensor, group=group, group_src=0)
         received[key] = tensor
     return received

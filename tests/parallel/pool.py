@@ -1,7 +1,7 @@
-"""A pool of worker processes that stays alive across tests, so that a layout costs milliseconds, not an import of torch.
+"""Worker processes that stay alive across tests, so that a layout costs milliseconds, not an import of torch.
 
-    def losses(rank: int, world_size: int, tp: int) -> float: ...
-    pool.run(losses, 2, world_size=4)    # [loss of rank 0, ..., loss of rank 3]
+def losses(rank: int, world_size: int, tp: int) -> float: ...
+pool.run(losses, 2, world_size=4)    # [loss of rank 0, ..., loss of rank 3]
 """
 
 import faulthandler
@@ -137,7 +137,9 @@ class WorkerPool:
             ranks = sorted(rank for rank, _ in failures)
             raise WorkerError(f"{name} failed on ranks {ranks} of {len(workers)}; first on rank {first_rank}:\n{text}")
         if pending:
-            raise TimeoutError(f"{name}: ranks {sorted(pending.values())} of {len(workers)} hung for {timeout_s:.0f} s.")
+            raise TimeoutError(
+                f"{name}: ranks {sorted(pending.values())} of {len(workers)} hung for {timeout_s:.0f} s."
+            )
         return results
 
     def _show_and_kill(self, hanging: list[_Worker]) -> None:
