@@ -30,7 +30,7 @@ NO_EFFECT: dict[str, str] = {
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native --disable-bf16-reduced-precision-matmul
         --use-fused-weighted-squared-relu --fused-residual-rmsnorm --use-transformer-engine-op-fuser
         --no-clone-scatter-output-in-embedding --disable-clone-scatter-output-in-embedding --use-te-activation-func
-        --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
+        --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
         --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
         --no-gradient-reduce-div-fusion --mla-down-proj-fusion
     """,
@@ -63,7 +63,7 @@ NO_EFFECT: dict[str, str] = {
     "random states are kept by torch, one stream for each purpose": """
         --te-rng-tracker --inference-rng-tracker
     """,
-    "saving and loading are sharded over all ranks, checked against the expected keys, and done before training goes on": """
+    "saving and loading are sharded over all ranks, checked key by key, and done before training goes on": """
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args
         --ckpt-format=torch_dist|torch_dcp --auto-detect-ckpt-format --no-ckpt-fully-parallel-save --async-save
         --async-strategy= --use-persistent-ckpt-worker --async-ckpt-cpu-priority= --async-ckpt-io-priority=
@@ -80,7 +80,7 @@ NO_EFFECT: dict[str, str] = {
     "softmax over attention scores and vocabulary is always computed in float32": """
         --attention-softmax-in-fp32 --fp16-lm-cross-entropy --output-logit-dtype=fp32
     """,
-    "the optimizer's gradients, moments and master weights are always float32, reductions too unless --grad-reduce-in-bf16": """
+    "master weights, moments and gradients are float32; --grad-reduce-in-bf16 is the one choice": """
         --accumulate-allreduce-grads-in-fp32 --main-grads-dtype=fp32 --main-params-dtype=fp32 --exp-avg-dtype=fp32
         --exp-avg-sq-dtype=fp32 --megatron-fsdp-main-params-dtype=fp32 --megatron-fsdp-main-grads-dtype=auto|fp32
         --megatron-fsdp-grad-comm-dtype=auto
@@ -237,7 +237,7 @@ REFUSED: dict[str, str] = {
     "gradients are checked by their norm: --check-for-nan-in-loss-and-grad and --clip-grad": """
         --check-for-large-grads
     """,
-    "it was withdrawn from Megatron-LM: write --recompute-granularity full --recompute-method uniform --recompute-num-layers 1": """
+    "it was withdrawn from Megatron-LM: write --recompute-granularity full": """
         --checkpoint-activations
     """,
     "the optimizer's state stays in float32 on the device": """
@@ -284,7 +284,8 @@ REFUSED: dict[str, str] = {
         --fim-prefix-token= --fim-middle-token= --fim-suffix-token= --fim-pad-token= --fim-eod-token=
     """,
     "the tokenizer does not have this variant": """
-        --tokenizer-metadata= --tokenizer-special-tokens=* --use-gigatoken
+        --tokenizer-metadata= --tokenizer-sentencepiece-legacy --no-tokenizer-sentencepiece-ignore-extra-whitespaces
+        --disable-tokenizer-sentencepiece-ignore-extra-whitespaces --use-gigatoken
     """,
     "fine-tuning on conversations is not implemented": """
         --chat-template= --sft --sft-tokenizer-prompt-format=

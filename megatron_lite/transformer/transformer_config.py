@@ -50,7 +50,8 @@ class TransformerConfig(ModelParallelConfig):
     geglu: bool = knob(False, "Gated MLP: gelu(gate) * up.")
     quick_geglu: bool = knob(False, "Gated MLP: gate * sigmoid(1.702 gate) * up.")
     squared_relu: bool = knob(False, "MLP activation: relu(x) squared.")
-    openai_gelu: bool = knob(False, "The tanh form of gelu as OpenAI wrote it.")
+    openai_gelu: bool = knob(False, "The tanh form of gelu as OpenAI wrote it, with or without the next.")
+    bias_gelu_fusion: bool = knob(True, "gelu in the tanh form of Megatron's fused kernel; off: the exact, erf form.")
     activation_func: Callable[[torch.Tensor], torch.Tensor] = knob(F.gelu, "MLP activation.", flag=False)
     gated_linear_unit: bool = knob(False, "The MLP multiplies its activation by a second projection.", flag=False)
     window_size: tuple[int, int] | None = knob(

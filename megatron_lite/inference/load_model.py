@@ -1,0 +1,101 @@
+"""A model and its tokenizer from a checkpoint alone: the settings they were trained with are stored in it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+from megatron_lite.arguments.convert import convert
+from megatron_lite.checkpoint import CheckpointError, find_checkpoint, load_weights, read_common, read_tracker
+from megatron_lite.checkpoint.safe_reader import read_metadata, tensor_shapes
+from megatron_lite.models.gpt.gpt_config import GPTModelConfig
+from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.tokenizers import build_tokenizer
+from megatron_lite.tokenizers.config import TokenizerConfig
+from megatron_lite.tokenizers.megatron_tokenizer import MegatronTokenizer
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+C = TypeVar("C")
+_EMBEDDING = "model.embedding.word_embeddings.weight"
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer, and the iteration it was saved at."""
+
+    model: GPTModel
+    tokenizer: MegatronTokenizer
+    iteration: int
+
+
+def load_model(
+    root: str | Path,
+    ckpt_step: int | None = None,
+    *,
+    tensor_model_parallel_size: int = 1,
+    device: torch.device | str = "cpu",
+    tokenizer_model: str | None = None,
+) -> LoadedModel:
+    """Rebuild the model that a checkpoint holds, whatever layout it was saved at, and load its weights.
+
+    Args:
+        root: folder of checkpoints, with a tracker.
+        ckpt_step: iteration to load; default the latest.
+        tensor_model_parallel_size: that of the initialized groups; 1 needs no process group.
+        device: where the model goes.
+        tokenizer_model: path to use instead of the stored one, if the tokenizer has moved.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its settings cannot be read.
+    """
+    iteration = read_tracker(root) if ckpt_step is None else ckpt_step
+    if iteration is None:
+        raise CheckpointError(f"There is no checkpoint in {root}: give the folder that --save wrote to.")
+    folder = find_checkpoint(root, iteration)
+    settings = read_common(folder)["config"]
+    one_process = {
+        "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
+        "sequence_parallel": False,
+        "recompute_granularity": None,
+        "recompute_method": None,
+        "recompute_num_layers": None,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    transformer = _rebuild(TransformerConfig, settings, "transformer", folder, one_process | {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+    })  # fmt: skip
+    # The stored tensor knows how far the vocabulary was padded, which may depend on the layout of the save.
+    embedding = tensor_shapes(read_metadata(folder)).get(_EMBEDDING)
+    padded = {} if embedding is None else {"padded_vocab_size": embedding[0], "pad_vocab_size": True}
+    gpt = _rebuild(GPTModelConfig, settings, "gpt", folder, padded)
+    moved = {} if tokenizer_model is None else {"tokenizer_model": tokenizer_model}
+    tokenizer = build_tokenizer(_rebuild(TokenizerConfig, settings, "tokenizer", folder, moved))
+    seq_length = settings.get("data", {}).get("seq_length") or gpt.max_position_embeddings or 1024
+    model = build_gpt_model(transformer, gpt, tokenizer.vocab_size, seq_length, parallel_output=False)
+    load_weights(folder, model)
+    # Training keeps master weights in float32 and casts them for each step; here they are cast once.
+    return LoadedModel(model.to(device, transformer.params_dtype).eval(), tokenizer, iteration)
+
+
+def _rebuild(kind: type[C], settings: dict[str, Any], group: str, folder: Path, changes: dict[str, Any]) -> C:
+    """A configuration from its stored values; fields this version does not know are left out."""
+    stored = settings.get(group)
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{folder} does not hold the settings of its {group}, from which to rebuild it.")
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for described in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name = described.name
+        if not described.init or name not in stored or hints[name] is torch.dtype:
+            continue
+        try:
+            values[name] = convert(stored[name], hints[name])
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {group}.{name} is {stored[name]!r}, but should be {error}.") from error
+    return kind(**values | changes)

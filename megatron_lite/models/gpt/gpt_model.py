@@ -1,0 +1,265 @@
+"""GPTModel: embedding, decoder, and the output layer with the loss."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.inference.context import InferenceContext
+from megatron_lite.models.gpt.embedding import LanguageModelEmbedding
+from megatron_lite.models.gpt.gpt_config import POSITION_EMBEDDING_TYPES, GPTModelConfig
+from megatron_lite.models.gpt.vocab import padded_vocab_size as pad_vocab_size
+from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
+from megatron_lite.tensor_parallel.layers import ColumnParallelLinear
+from megatron_lite.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
+from megatron_lite.transformer.rope import RotaryEmbedding, YarnScaling
+from megatron_lite.transformer.transformer_block import TransformerBlock
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+
+class GPTModel(MegatronModule):
+    """A decoder-only language model.
+
+    Args:
+        config: the transformer layers.
+        vocab_size: number of tokens, before padding. Padded entries never take part in the softmax.
+        max_sequence_length: longest sequence; the number of learned positions.
+        pre_process: this part of the model holds the embedding.
+        post_process: this part holds the final norm, the output layer and the loss.
+        parallel_output: with TP > 1, logits stay split over the vocabulary.
+        share_embeddings_and_output_weights: the output layer's weights are the word embeddings.
+        position_embedding_type: "learned_absolute", "rope", "yarn" or "none".
+        rotary_percent, rotary_base, rotary_interleaved, seq_len_interpolation_factor, rope_scaling,
+            rope_scaling_factor, yarn: as in RotaryEmbedding.
+        padded_vocab_size: default the next multiple of make_vocab_size_divisible_by and the tensor parallel size.
+        make_vocab_size_divisible_by: see padded_vocab_size.
+        layer_indices: global indices of the layers held here, default all.
+        pg_collection: process groups, default the global ones.
+
+    Raises:
+        ConfigError: an unknown position_embedding_type, or a padded size that does not fit.
+    """
+
+    config: TransformerConfig
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        parallel_output: bool = True,
+        share_embeddings_and_output_weights: bool = False,
+        position_embedding_type: str = "learned_absolute",
+        rotary_percent: float = 1.0,
+        rotary_base: float = 10000,
+        rope_scaling: bool = False,
+        rope_scaling_factor: float = 8.0,
+        seq_len_interpolation_factor: float | None = None,
+        rotary_interleaved: bool = False,
+        yarn: YarnScaling | None = None,
+        padded_vocab_size: int | None = None,
+        make_vocab_size_divisible_by: int = 128,
+        layer_indices: Sequence[int] | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = tensor_parallel_group(pg_collection)
+        tp = group_size(self.tp_group)
+        if padded_vocab_size is None:
+            padded_vocab_size = pad_vocab_size(vocab_size, make_vocab_size_divisible_by, tp)
+        _check(vocab_size, padded_vocab_size, tp, position_embedding_type)
+        self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
+        self.max_sequence_length = max_sequence_length
+        self.pre_process, self.post_process = pre_process, post_process
+        self.parallel_output = parallel_output
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, padded_vocab_size, max_sequence_length, position_embedding_type, pg_collection
+            )
+        self.rotary_pos_emb: RotaryEmbedding | None = None
+        if position_embedding_type in ("rope", "yarn"):
+            assert config.kv_channels is not None, "TransformerConfig derives kv_channels"
+            self.rotary_pos_emb = RotaryEmbedding(
+                config.kv_channels,
+                rotary_percent,
+                rotary_interleaved,
+                seq_len_interpolation_factor,
+                rotary_base,
+                rope_scaling,
+                rope_scaling_factor,
+                (yarn or YarnScaling()) if position_embedding_type == "yarn" else None,
+            )
+        self.decoder = TransformerBlock(
+            config,
+            layer_indices,
+            post_process=post_process,
+            rotary_interleaved=rotary_interleaved,
+            pg_collection=pg_collection,
+        )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=not parallel_output,
+                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                tp_group=self.tp_group,
+            )
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The weight [V/tp, h] (DTensor or tensor, as stored) that the output layer multiplies with."""
+        if self.pre_process and self.share_embeddings_and_output_weights:
+            return self.embedding.word_embeddings.weight
+        weight = self.output_layer.weight
+        assert weight is not None, "an untied output layer has a weight"
+        return weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: object | None = None,
+        inference_context: InferenceContext | None = None,
+        decoder_input: Tensor | None = None,
+    ) -> Tensor:
+        """Predict each next token.
+
+        Args:
+            input_ids: [b, s].
+            position_ids: [b, s].
+            attention_mask: None (causal), or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
+            labels: [b, s] the tokens to predict; -100 is ignored.
+            loss_mask: [b, s] weight of each token's loss; needs labels.
+            packed_seq_params: not supported, must be None.
+            inference_context: key/value cache; the tokens are appended to those already seen.
+            decoder_input: [s, b, h] output of the previous part of the model, where pre_process is False.
+
+        Returns:
+            With labels the loss of each token [b, s], float32 (float64 for float64); without them logits [b, s, V]
+            over the real vocabulary, or, with parallel_output and TP > 1, this rank's [b, s, padded V / tp] with -inf
+            in padded columns. Where post_process is False, the hidden states [s, b, h].
+
+        Raises:
+            ConfigError: packed_seq_params, or a cache together with sequence parallelism.
+        """
+        if packed_seq_params is not None:
+            raise ConfigError("packed_seq_params is given, but packed sequences are not supported; pass None.")
+        if inference_context is not None and self.config.sequence_parallel:
+            raise ConfigError(
+                "inference_context is given with sequence_parallel, but a single new token cannot be split over ranks; "
+                "build the model with sequence_parallel=False, its weights are the same."
+            )
+        if self.pre_process:
+            hidden = self.embedding(input_ids, position_ids)
+        else:
+            assert decoder_input is not None, "a part of the model without embedding needs decoder_input"
+            hidden = decoder_input
+        rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(position_ids, self.config.params_dtype)
+        hidden = self.decoder(hidden, attention_mask, rotary, inference_context)
+        if inference_context is not None:
+            inference_context.advance(input_ids.size(1))
+        if not self.post_process:
+            return hidden
+        return self._logits(hidden) if labels is None else self._loss(hidden, labels, loss_mask)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+        """[s, b, h] -> per-token loss [b, s]."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, self.tp_group)
+        weight = local(self.shared_embedding_or_output_weight()).to(hidden.dtype)
+        batch, length = labels.shape
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            labels.t().flatten(),
+            loss_mask=None if loss_mask is None else loss_mask.t().flatten(),
+            vocab_start=group_rank(self.tp_group) * weight.size(0),
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+        )
+        return loss.view(length, batch).t()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[s, b, h] -> [b, s, V], or this rank's [b, s, V/tp]."""
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits = self.output_layer(hidden, weight=shared).transpose(0, 1)
+        if not self.parallel_output or group_size(self.tp_group) == 1:
+            return logits[..., : self.vocab_size].contiguous()
+        columns = torch.arange(logits.size(-1), device=logits.device) + group_rank(self.tp_group) * logits.size(-1)
+        return logits.masked_fill(columns >= self.vocab_size, -torch.inf)
+
+
+def _check(vocab_size: int, padded_vocab_size: int, tp: int, position_embedding_type: str) -> None:
+    if padded_vocab_size < vocab_size or padded_vocab_size % tp:
+        raise ConfigError(
+            f"padded_vocab_size is {padded_vocab_size}, but it must hold vocab_size ({vocab_size}) tokens and be a "
+            f"multiple of the tensor parallel size ({tp}); leave it out to have it computed."
+        )
+    if position_embedding_type not in POSITION_EMBEDDING_TYPES:
+        raise ConfigError(
+            f"position_embedding_type is {position_embedding_type!r}, but it must be one of "
+            f"{', '.join(POSITION_EMBEDDING_TYPES)}."
+        )
+
+
+def build_gpt_model(
+    config: TransformerConfig,
+    gpt: GPTModelConfig,
+    vocab_size: int,
+    max_sequence_length: int,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    parallel_output: bool = True,
+    layer_indices: Sequence[int] | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> GPTModel:
+    """A GPTModel from the two configurations.
+
+    Args:
+        config: the transformer layers.
+        gpt: vocabulary and positions; its vocab_size, where given, wins over `vocab_size`.
+        vocab_size: the tokenizer's.
+        max_sequence_length: used where gpt.max_position_embeddings is not given.
+        pre_process, post_process, parallel_output, layer_indices, pg_collection: as in GPTModel.
+    """
+    vocab_size = gpt.vocab_size or vocab_size
+    return GPTModel(
+        config,
+        vocab_size,
+        gpt.max_position_embeddings or max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
+        position_embedding_type=gpt.position_embedding_type,
+        rotary_percent=gpt.rotary_percent,
+        rotary_base=gpt.rotary_base,
+        rope_scaling=gpt.use_rope_scaling,
+        rope_scaling_factor=gpt.rope_scaling_factor,
+        seq_len_interpolation_factor=gpt.rotary_seq_len_interpolation_factor,
+        rotary_interleaved=gpt.rotary_interleaved,
+        yarn=gpt.yarn,
+        padded_vocab_size=gpt.padded_vocab_size if gpt.pad_vocab_size else vocab_size,
+        make_vocab_size_divisible_by=gpt.make_vocab_size_divisible_by,
+        layer_indices=layer_indices,
+        pg_collection=pg_collection,
+    )

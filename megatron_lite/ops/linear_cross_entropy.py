@@ -1,0 +1,198 @@
+"""The output layer and the cross entropy as one operation, in chunks of tokens: whole logits never exist.
+
+The gradients of a chunk are formed while its probabilities are at hand, in the forward pass, so the backward pass
+only scales them. Memory: two buffers of [chunk, V/tp] and the gradients of hidden and weight.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.process_groups import group_size
+from megatron_lite.tensor_parallel import collectives
+
+IGNORED_LABEL = -100
+# Logits per chunk. On a CPU 2 Mi keep a chunk near the caches; on a GPU larger products fill the device better.
+_CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
+
+
+def default_chunk_tokens(vocab_per_partition: int, device: torch.device) -> int:
+    """Tokens per chunk such that a chunk's logits have a size that suits the device; a multiple of 64."""
+    logits = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
+    return max(64, logits // max(vocab_per_partition, 1) // 64 * 64)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    loss_mask: Tensor | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Per-token loss -log softmax(hidden weight^T)[label], times loss_mask.
+
+    Forward: one all-gather over `tp_group` of two numbers per token and chunk. Backward: none. The gradient of hidden
+    is the contribution of this rank's part of the vocabulary, to be summed over `tp_group` by whatever brought hidden
+    there (copy_to_tensor_model_parallel_region or gather_from_sequence_parallel_region).
+
+    An incoming gradient that is the same for all tokens (as sum() sends it: expanded, stride 0) scales the gradients
+    already formed; any other one makes the backward pass form them again, exactly.
+
+    Args:
+        hidden: [n, h].
+        weight: [V/tp, h], this rank's contiguous rows of the padded vocabulary, in the dtype of hidden.
+        labels: [n] global token ids; -100 is ignored (loss and gradient 0). An id outside the vocabulary has
+            infinite loss.
+        loss_mask: [n] weight per token, default 1.
+        vocab_start: global id of the first row of `weight`.
+        vocab_size: real size of the vocabulary, default all rows; rows from there on are padding and take no part.
+        tp_group: ranks that hold the other rows.
+        chunk_tokens: tokens per chunk, default by device and vocabulary.
+
+    Returns:
+        [n] in float32, in float64 for float64 input.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if vocab_size is None:
+        vocab_size = weight.size(0) * group_size(tp_group)
+    real_rows = min(max(vocab_size - vocab_start, 0), weight.size(0))
+    chunk = chunk_tokens or default_chunk_tokens(weight.size(0), weight.device)
+    split = _Split(vocab_start, real_rows, tp_group, min(chunk, max(hidden.size(0), 1)))
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, split, wanted)
+    return loss
+
+
+class _Split(NamedTuple):
+    """This rank's part of the vocabulary, and the size of a chunk."""
+
+    vocab_start: int
+    real_rows: int
+    tp_group: dist.ProcessGroup | None
+    chunk_tokens: int
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None,
+        split: _Split,
+        gradients: bool,
+    ) -> Tensor:
+        weights = labels != IGNORED_LABEL
+        if loss_mask is not None:
+            weights = weights * loss_mask
+        weights = weights.to(_accumulation_dtype(hidden))
+        sums = _GradientSums(hidden, weight, split.real_rows) if gradients else None
+        loss = _run_chunks(hidden, weight, labels, weights, split, sums)
+        if sums is not None:
+            ctx.split = split
+            ctx.save_for_backward(hidden, weight, labels, weights, sums.hidden, sums.weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, weights, grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_loss.numel() == 1 or grad_loss.stride(0) == 0:
+            scale = grad_loss.flatten()[:1]
+        else:
+            scale = grad_loss.new_ones(1)
+            sums = _GradientSums(hidden, weight, ctx.split.real_rows)
+            _run_chunks(hidden, weight, labels, weights * grad_loss, ctx.split, sums)
+            grad_hidden, grad_weight = sums.hidden, sums.weight
+        grad_hidden = (grad_hidden * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad_weight * scale).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class _GradientSums:
+    """The gradients of the weighted sum of losses for hidden [n, h] and, in at least float32, for weight [V/tp, h]."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, real_rows: int) -> None:
+        dtype = _accumulation_dtype(hidden)
+        self.hidden = torch.zeros_like(hidden) if real_rows == 0 else torch.empty_like(hidden)
+        self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self._real_rows = self.weight[:real_rows]
+        self._product = None if dtype == hidden.dtype else torch.empty_like(weight[:real_rows])
+
+    def add(self, here: slice, x: Tensor, rows: Tensor, grad_logits: Tensor, weight_of_token: Tensor) -> None:
+        """Take in one chunk; the weight of a token is applied on the small side, to h instead of V numbers."""
+        by_weight = weight_of_token.unsqueeze(1)
+        torch.mm(grad_logits, rows, out=self.hidden[here]).mul_(by_weight)
+        weighted = (x * by_weight).to(x.dtype)
+        if self._product is None:
+            self._real_rows.addmm_(grad_logits.t(), weighted)
+        else:
+            self._real_rows.add_(torch.mm(grad_logits.t(), weighted, out=self._product))
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _run_chunks(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, split: _Split, sums: _GradientSums | None
+) -> Tensor:
+    """Weighted losses [n]; adds the gradients of their sum to `sums`, if given."""
+    dtype, rows, chunk = _accumulation_dtype(hidden), weight[: split.real_rows], split.chunk_tokens
+    losses = torch.empty(hidden.size(0), dtype=dtype, device=hidden.device)
+    logits_buffer = hidden.new_empty(chunk, split.real_rows)
+    probabilities_buffer = torch.empty(chunk, split.real_rows, dtype=dtype, device=hidden.device)
+    # Softmax reads half precision and writes float32 at once on CUDA; elsewhere torch would convert to a new tensor.
+    converts = dtype != hidden.dtype and not hidden.is_cuda
+    converted_buffer = torch.empty_like(probabilities_buffer) if converts else None
+
+    for start in range(0, hidden.size(0), chunk):
+        here = slice(start, start + chunk)
+        x, weight_of_token = hidden[here], weights[here]
+        logits = torch.mm(x, rows.t(), out=logits_buffer[: x.size(0)])
+        converted = logits if converted_buffer is None else converted_buffer[: x.size(0)].copy_(logits)
+        target = labels[here] - split.vocab_start
+        is_here = (target >= 0) & (target < split.real_rows)
+        target = torch.where(is_here, target, 0)
+        probabilities = probabilities_buffer[: x.size(0)]
+        local_normalizer, target_logit = _softmax(converted, target, is_here, probabilities)
+        normalizer, target_logit = _combine(local_normalizer, target_logit, split.tp_group)
+        losses[here] = torch.where(weight_of_token == 0, 0.0, (normalizer - target_logit) * weight_of_token)
+        if sums is None or split.real_rows == 0:
+            continue
+
+        # d loss / d logits = probabilities over the whole vocabulary - onehot(label)
+        if group_size(split.tp_group) > 1:
+            probabilities.mul_((local_normalizer - normalizer).exp_().unsqueeze(1))
+        probabilities.scatter_add_(1, target.unsqueeze(1), -is_here.to(dtype).unsqueeze(1))
+        grad_logits = probabilities if dtype == hidden.dtype else logits.copy_(probabilities)
+        sums.add(here, x, rows, grad_logits, weight_of_token)
+    return losses
+
+
+def _softmax(logits: Tensor, target: Tensor, is_here: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the softmax over this rank's columns to `out`; return its log normalizer and the target's logit, [n] each.
+
+    The normalizer follows from the largest logit m and its probability p, as m - log p: no pass over exp(logits) more.
+    A target on another rank has logit -inf here.
+    """
+    if logits.size(1) == 0:
+        nothing = out.new_full((logits.size(0),), -torch.inf)
+        return nothing, nothing
+    torch.softmax(logits, dim=1, dtype=out.dtype, out=out)
+    normalizer = logits.amax(1).to(out.dtype) - out.amax(1).log_()
+    target_logit = logits.gather(1, target.unsqueeze(1)).squeeze(1).to(out.dtype)
+    return normalizer, torch.where(is_here, target_logit, -torch.inf)
+
+
+def _combine(normalizer: Tensor, target_logit: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """All-gather over `tp_group`, then the log normalizer of the whole vocabulary and the one finite target logit."""
+    if tp_group is None or group_size(tp_group) == 1:
+        return normalizer, target_logit
+    gathered = collectives.all_gather(torch.stack((normalizer, target_logit)).unsqueeze(0), 0, tp_group)
+    return gathered[:, 0].logsumexp(0), gathered[:, 1].amax(0)

@@ -1,0 +1,130 @@
+"""Self-attention with fused, grouped query-key-value projection."""
+
+from torch import Tensor
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.inference.context import InferenceContext
+from megatron_lite.process_groups import ProcessGroupCollection, group_size
+from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.tensor_parallel.random import checkpoint
+from megatron_lite.transformer.dot_product_attention import DotProductAttention
+from megatron_lite.transformer.enums import AttnMaskType
+from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
+from megatron_lite.transformer.norms import build_norm
+from megatron_lite.transformer.rope import RotaryTables, apply_rotary_pos_emb
+from megatron_lite.transformer.transformer_config import TransformerConfig, divisors
+
+
+class SelfAttention(MegatronModule):
+    """Multi-head, grouped-query (g < n) and multi-query (g = 1) self-attention, [s, b, h] -> [s, b, h].
+
+    The rows of linear_qkv are grouped by query group, [n/g queries, key, value] each, so any contiguous row shard is
+    a set of whole groups. Collectives are those of ColumnParallelLinear and RowParallelLinear.
+
+    Args:
+        config: shape, biases, qk_layernorm, init methods, recompute_modules.
+        layer_number: number of the layer, counted from 1.
+        attn_mask_type: as in DotProductAttention.
+        rotary_interleaved: pairing of the channels that rotary embeddings rotate.
+        cp_comm_type: as in DotProductAttention.
+        pg_collection: process groups, default the global tensor parallel group.
+
+    Raises:
+        ConfigError: num_query_groups is not a multiple of the tensor parallel size.
+    """
+
+    config: TransformerConfig
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        rotary_interleaved: bool = False,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        group = tensor_parallel_group(pg_collection)
+        tp = group_size(group)
+        groups, head = config.num_query_groups or config.num_attention_heads, config.kv_channels or 0
+        if groups % tp:
+            raise ConfigError(
+                f"num_query_groups is {groups}, but each of the {tp} tensor parallel ranks holds whole key/value "
+                f"heads, so it must be a multiple of {tp}; use a tensor parallel size among {divisors(groups)}."
+            )
+        self.layer_number = layer_number
+        self.head_size = head
+        self.query_groups_per_partition = groups // tp
+        self.queries_per_group = config.num_attention_heads // groups
+        self.rotary_interleaved = rotary_interleaved
+        self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in (
+            config.recompute_modules or ()
+        )
+        query_size = config.num_attention_heads * head
+
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size,
+            query_size + 2 * groups * head,
+            config=config,
+            init_method=config.init_method,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            gather_output=False,
+            tp_group=group,
+        )
+        self.q_layernorm = build_norm(config, head, partial_over_tp=tp > 1) if config.qk_layernorm else None
+        self.k_layernorm = build_norm(config, head, partial_over_tp=tp > 1) if config.qk_layernorm else None
+        self.core_attention = DotProductAttention(
+            config, layer_number, attn_mask_type, cp_comm_type=cp_comm_type, pg_collection=pg_collection
+        )
+        self.linear_proj = RowParallelLinear(
+            query_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            tp_group=group,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: RotaryTables | None = None,
+        inference_context: InferenceContext | None = None,
+    ) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: [s, b, h], under sequence parallelism [s/tp, b, h].
+            attention_mask: None, or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
+            rotary_pos_emb: (cos, sin) of RotaryEmbedding for the positions of this input, or None.
+            inference_context: cache to append this input's keys and values to, and to attend to.
+
+        Returns:
+            [s, b, h], under sequence parallelism [s/tp, b, h].
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if rotary_pos_emb is not None:
+            query = apply_rotary_pos_emb(query, rotary_pos_emb, self.rotary_interleaved)
+            key = apply_rotary_pos_emb(key, rotary_pos_emb, self.rotary_interleaved)
+        query = query.flatten(2, 3)
+        if inference_context is not None:
+            key, value = inference_context.append(self.layer_number, key, value)
+        if self.recompute_core and self.training:
+            context = checkpoint(self.core_attention, False, query, key, value, attention_mask)
+        else:
+            context = self.core_attention(query, key, value, attention_mask)
+        return self.linear_proj(context)
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project and split: [s, b, h] -> query [s, b, g, n/g, d], key [s, b, g, d], value [s, b, g, d] (local g)."""
+        heads = (self.queries_per_group, 1, 1)
+        mixed = self.linear_qkv(hidden_states)
+        grouped = mixed.view(*mixed.shape[:2], self.query_groups_per_partition, sum(heads), self.head_size)
+        query, key, value = grouped.split(heads, dim=3)
+        key, value = key.squeeze(3), value.squeeze(3)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
