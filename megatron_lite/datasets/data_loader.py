@@ -59,6 +59,9 @@ def build_pretraining_data_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
+        # The seed of the workers, which draw nothing. Without a generator of its own the loader would take it from the
+        # training's stream, and a resumed run, which makes a new loader, would differ from an uninterrupted one.
+        generator=torch.Generator(),
         worker_init_fn=functools.partial(_leave_signals_to_trainer, exit_signal) if num_workers > 0 else None,
     )
 

@@ -4,7 +4,6 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -44,20 +43,15 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
         _share_cores()
     if config.transformer.deterministic_mode:
         _choose_deterministic_kernels()
-    start_process_group(config, device)
+    parallel_state.initialize_torch_distributed(
+        config.distributed.distributed_timeout_minutes, config.distributed.distributed_backend
+    )
     initialize_parallel_groups(config)
     set_random_seed(config.rng.seed)
     try:
         yield device
     finally:
         parallel_state.shutdown()
-
-
-def start_process_group(config: RunConfig, device: torch.device) -> None:
-    """torch.distributed from torchrun's environment, or a world of one without it."""
-    backend = config.distributed.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
-    timeout = timedelta(minutes=config.distributed.distributed_timeout_minutes)
-    parallel_state.initialize_torch_distributed(backend=backend, timeout=timeout)
 
 
 def initialize_parallel_groups(config: RunConfig) -> None:

@@ -221,7 +221,7 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation") -> None:
     if split == "validation":
         run.progress.consumed_valid_samples += iterations * batch_size
     perplexity = math.exp(min(20.0, loss))
-    line = f" {split} loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
+    line = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
     print_rank_last(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
     run.writers.validation(run.progress.iteration, run.progress.consumed_train_samples, loss, split)
     for hook in run.hooks:

@@ -252,9 +252,13 @@ def _build(layout: Layout) -> tuple[nn.Module, MegatronOptimizer]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected element."""
+    """Largest difference, relative to the largest expected element.
+
+    One gradient is zero in exact arithmetic: the bias of the key norm without rotary positions shifts all keys alike,
+    which the softmax does not see. Its rounding noise (1e-17) is compared with 1e-6; other gradients exceed 1e-3.
+    """
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
-    scale = max(expected.abs().max().item(), 1e-12)
+    scale = max(expected.abs().max().item(), 1e-6)
     return (actual - expected).abs().max().item() / scale
 
 

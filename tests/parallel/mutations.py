@@ -121,15 +121,10 @@ def tokens_counted_locally():
     return mock.patch.object(step, "count_tokens", broken)
 
 
-def synchronized_on_first_micro_batch():
-    """T24, T25: gradients are reduced after the first micro-batch; those of the later ones stay on their rank."""
+def last_micro_batch_not_reduced():
+    """T24, T25: gradients are reduced after each micro-batch but the last, whose gradients stay on their rank."""
     original = step.set_is_last_microbatch
-    calls = iter([True])
-
-    def broken(model, is_last):
-        original(model, next(calls, False) or is_last)
-
-    return mock.patch.object(step, "set_is_last_microbatch", broken)
+    return mock.patch.object(step, "set_is_last_microbatch", lambda model, is_last: original(model, not is_last))
 
 
 def gradients_averaged_over_data_parallel():
@@ -185,7 +180,7 @@ MUTATIONS = {
         padded_vocabulary_in_softmax,
         mean_of_local_means,
         tokens_counted_locally,
-        synchronized_on_first_micro_batch,
+        last_micro_batch_not_reduced,
         gradients_averaged_over_data_parallel,
         replicas_counted_in_norm,
         local_norm,

@@ -61,5 +61,6 @@ def test_reference_trains():
     """The comparison would be idle if nothing moved: the reference's loss falls on data it has not seen before."""
     result = expected(Layout().model, STEPS)
     assert result.grad_norm > 0.5, "clipping does not act"
-    assert all(gradient.abs().max() > 0 for gradient in result.gradients.values())
+    invisible = "k_layernorm.bias"  # see relative_error
+    assert all(g.abs().max() > 1e-3 for name, g in result.gradients.items() if not name.endswith(invisible))
     assert result.losses[-1] < result.losses[0]

@@ -29,7 +29,7 @@ CASES = [
     ("mean_of_local_means", DATA_PARALLEL, "gradients"),  # T22
     ("tokens_counted_locally", DATA_PARALLEL, "gradients"),  # T17, T22
     ("gradients_averaged_over_data_parallel", DATA_PARALLEL, "gradients"),  # T22, T24
-    ("synchronized_on_first_micro_batch", Layout(dp=2, strategy="optim", accumulation=3), "gradients"),  # T24, T25
+    ("last_micro_batch_not_reduced", Layout(dp=2, strategy="optim", accumulation=3), "gradients"),  # T24, T25
     ("replicas_counted_in_norm", TENSOR_PARALLEL, "grad_norm"),  # T26
     ("replicas_counted_in_norm", Layout(dp=2), "grad_norm"),  # T26
     ("local_norm", TENSOR_PARALLEL, "grad_norm"),  # T26

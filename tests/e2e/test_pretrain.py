@@ -1,0 +1,175 @@
+"""pretrain_gpt.py from the command line: layouts agree, killed runs continue, runs stop when told to."""
+
+import json
+import random
+import re
+import subprocess
+import time
+
+import pytest
+
+from tests.e2e.commands import REPOSITORY, TINY, environment, pretrain, pretrain_command, pretrain_for, training_metrics
+
+pytestmark = pytest.mark.e2e
+NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
+
+
+def test_four_ranks_equal_one_process(tmp_path):
+    """The quickstart model at TP 2 x DP 2 (with sequence parallelism) and on one process: equal losses in float64.
+
+    Mutation: dropping the all-reduce of copy_to_tensor_model_parallel_region's backward makes the second loss differ.
+    """
+    shared = ["--config", "configs/quickstart.yaml", "--fp64", "--mock-data", "--train-iters", "20"]
+    shared += ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--seq-length", "64"]
+    shared += ["--vocab-size", "1000", "--eval-iters", "1", "--num-workers", "0", "--save-interval", "1000"]
+    pretrain(4, *shared, "--tensor-model-parallel-size", "2", "--metrics-jsonl", str(tmp_path / "a.jsonl"))
+    pretrain(1, *shared, "--metrics-jsonl", str(tmp_path / "b.jsonl"))
+    four, one = (training_metrics(tmp_path / name, "lm_loss", "grad_norm") for name in ("a.jsonl", "b.jsonl"))
+    assert len(four) == len(one) == 20
+    for (iteration, *found), (_, *wanted) in zip(four, one, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
+    assert one[-1][1] < one[0][1]
+
+
+def test_killed_runs_resume_bit_for_bit(tmp_path):
+    """Ten SIGKILLs at random moments, saves included; with dropout, so that every random stream has to continue.
+
+    Mutation: not saving the random number streams, or the position in the data, changes the metrics.
+    """
+    arguments = [*TINY, "--train-iters", "40", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+    arguments += ["--lr-warmup-iters", "5", "--lr-decay-style", "cosine", "--eval-interval", "10"]
+    pretrain(1, *arguments, "--metrics-jsonl", str(tmp_path / "whole.jsonl"))
+
+    saving = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt"), "--save-interval", "2"]
+    saving += ["--metrics-jsonl", str(tmp_path / "killed.jsonl"), "--keep-last-checkpoints", "3"]
+    chance = random.Random(2024)
+    start_up = _seconds(lambda: pretrain(1, *arguments, *saving, "--exit-interval", "2"))
+    kills = 0
+    while kills < 10:
+        if not pretrain_for(chance.uniform(0.5, 1.2) * start_up, 1, *arguments, *saving):
+            break
+        kills += 1
+    pretrain(1, *arguments, *saving)
+    assert kills == 10, f"the run was over after {kills} kills"
+    whole, killed = (training_metrics(tmp_path / name, *NUMBERS) for name in ("whole.jsonl", "killed.jsonl"))
+    assert killed == whole
+    assert _validation(tmp_path / "killed.jsonl") == _validation(tmp_path / "whole.jsonl")
+
+
+def test_resume_at_another_layout(tmp_path):
+    """Ten iterations at TP 2, ten more at DP 2: the losses of an uninterrupted run on one process, in float64."""
+    arguments = [*TINY, "--fp64", "--train-iters", "20", "--qk-layernorm"]
+    pretrain(1, *arguments, "--metrics-jsonl", str(tmp_path / "whole.jsonl"))
+    saving = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt"), "--save-interval", "10"]
+    saving += ["--metrics-jsonl", str(tmp_path / "parts.jsonl")]
+    pretrain(2, *arguments, *saving, "--tensor-model-parallel-size", "2", "--exit-interval", "10")
+    pretrain(2, *arguments, *saving, "--use-distributed-optimizer")
+    whole, parts = (
+        training_metrics(tmp_path / name, "lm_loss", "grad_norm") for name in ("whole.jsonl", "parts.jsonl")
+    )
+    assert len(parts) == 20
+    for (iteration, *found), (_, *wanted) in zip(parts, whole, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
+
+
+def test_sigterm_saves_and_exits(tmp_path):
+    """A signal to one rank of two: both finish their step, save, and leave with code 0."""
+    command = pretrain_command(
+        2,
+        [*TINY, "--train-iters", "100000", "--tensor-model-parallel-size", "2", "--exit-signal-handler"]
+        + ["--save", str(tmp_path / "ckpt"), "--save-interval", "100000"],
+    )
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "iteration        3/" in line:
+                workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+                subprocess.run(["kill", "-TERM", workers.stdout.split()[0]], check=True)
+        assert process.wait(timeout=60) == 0, "".join(lines)[-3000:]
+    assert any("exiting program after receiving SIGTERM" in line for line in lines)
+    tracker = int((tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= tracker < 100000
+
+
+def test_log_line_and_files(tmp_path):
+    """The log line keeps the fields that Megatron's parsers look for; metrics and TensorBoard files are written."""
+    output = pretrain(
+        *(1, *TINY, "--train-iters", "4", "--log-throughput", "--eval-interval", "2", "--log-params-norm"),
+        *(
+            "--log-num-zeros-in-grad",
+            "--metrics-jsonl",
+            str(tmp_path / "m.jsonl"),
+            "--tensorboard-dir",
+            str(tmp_path / "tb"),
+        ),
+    )
+    pattern = (
+        r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+\] iteration        4/       4 \| consumed samples:           32 \| "
+        r"elapsed time per iteration \(ms\): [\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \|.* "
+        r"learning rate: \d\.\d{6}E[-+]\d\d \| global batch size:     8 \| lm loss: \d\.\d{6}E[-+]\d\d \| "
+        r"loss scale: 1\.0 \| grad norm: [\d.]+ \|.* number of skipped iterations:   0 \| "
+        r"number of nan iterations:   0 \|"
+    )
+    assert re.search(pattern, output), output
+    assert "validation loss at iteration 2 | lm loss value: " in output
+    assert "on test set" in output
+    entries = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries if "lm_loss" in entry] == [1, 2, 3, 4]
+    assert {"elapsed_ms", "tokens_per_second", "grad_norm", "params_norm", "num_zeros"} <= entries[0].keys()
+    assert any("validation_loss" in entry for entry in entries)
+    assert list((tmp_path / "tb").glob("events.*"))
+
+
+def test_not_a_number_stops_and_keeps_the_weights(tmp_path):
+    """A learning rate that explodes: the run stops by itself, says where, and its last checkpoint is finite."""
+    output = pretrain(
+        *(1, *TINY, "--train-iters", "200", "--lr", "1e30", "--clip-grad", "0", "--optimizer", "sgd"),
+        *("--save", str(tmp_path / "ckpt"), "--save-interval", "1"),
+        expect=1,
+    )
+    assert "FloatingPointError: iteration" in output
+    assert "was skipped" in output
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16", "compile", "recompute", "ramp-up", "samples"])
+def test_modes_train(tmp_path, mode):
+    """Each mode runs to its end on one process and lowers the loss."""
+    flags = {
+        "bf16": ["--bf16"],
+        "fp16": ["--fp16", "--initial-loss-scale", "65536"],
+        "compile": ["--compile"],
+        "recompute": [
+            "--recompute-granularity",
+            "full",
+            "--recompute-method",
+            "uniform",
+            "--recompute-num-layers",
+            "1",
+        ],
+        "ramp-up": ["--rampup-batch-size", "2", "2", "60"],
+        "samples": [],
+    }[mode]
+    length = ["--train-samples", "240"] if mode == "samples" else ["--train-iters", "30"]
+    path = tmp_path / "m.jsonl"
+    pretrain(1, *TINY, *length, *flags, "--metrics-jsonl", str(path))
+    metrics = training_metrics(path, "lm_loss", "consumed_samples")
+    assert len(metrics) == 30
+    assert metrics[-1][1] < metrics[0][1] - 0.1
+    if mode == "ramp-up":
+        assert metrics[0][2] == 2
+        assert metrics[-1][2] < 240
+
+
+def _seconds(action) -> float:
+    begin = time.monotonic()
+    action()
+    return time.monotonic() - begin
+
+
+def _validation(path) -> list[tuple[int, float]]:
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(entry["iteration"], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
