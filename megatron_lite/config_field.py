@@ -84,3 +84,15 @@ class Validated:
         found = self.violations()
         if found:
             raise ConfigError.from_violations(found)
+
+    def freeze(self) -> None:
+        """Refuse every later assignment to a field; `dataclasses.replace` still makes a changed copy."""
+        object.__setattr__(self, "_frozen", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_frozen", False):
+            raise ConfigError(
+                f"{type(self).__name__}.{name} cannot be set to {value!r}: the configuration is frozen once it has been "
+                "validated; use dataclasses.replace to make a changed copy."
+            )
+        object.__setattr__(self, name, value)

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags. Its namespace holds only what was given, as text; `read_settings` converts it."""
     parser = _Parser(
         prog="pretrain_gpt.py",
+        usage="%(prog)s [--config FILE] [flags]",
         description="Pretrain a GPT model with tensor, sequence and data parallelism, on CPUs or GPUs.",
         epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
@@ -87,7 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
             parser.add_argument(name, dest=name, help=text, metavar="N")
         else:
             parser.add_argument(name, dest=name, action="store_true", help=text)
+    fields_have = {spelling for option in all_options() for spelling in option.flags}
     for flag in compat_flags().values():
+        if flag.name in fields_have:
+            continue
         if flag.nargs == 0:
             parser.add_argument(flag.name, dest=flag.name, action="store_true", help=argparse.SUPPRESS)
         else:

@@ -62,9 +62,22 @@ def _required(run: RunConfig) -> Iterator[str]:
     for name, value in needed.items():
         flag = "--" + name.replace("_", "-")
         if value is None or value == 0:
-            yield f"{name} is not given, but every model has one: write {flag} N, or start from --config configs/NAME.yaml."
+            yield f"{name} is not given, but every model has one: write {flag} N, or start from a preset in configs/."
         elif value < 0:
             yield f"{name} is {value}, but must be at least 1: write {flag} 1 or more."
+    if run.dry_run:
+        return
+    if run.tokenizer.tokenizer_type in (None, "GPT2BPETokenizer") and not (
+        run.tokenizer.vocab_file and run.tokenizer.merge_file
+    ):
+        yield (
+            f"tokenizer_type is {run.tokenizer.tokenizer_type}, which means GPT2BPETokenizer, but its files are not "
+            "named: write --vocab-file and --merge-file, or choose another --tokenizer-type."
+        )
+    data = run.data
+    sources = (data.data_path, data.data_args_path, data.per_split_data_args_path, data.train_data_path)
+    if not data.mock_data and not any(sources):
+        yield "No training data is named: write --data-path with the prefix of a .bin/.idx pair, or --mock-data."
 
 
 def _layout(run: RunConfig) -> Iterator[str]:
@@ -78,22 +91,23 @@ def _layout(run: RunConfig) -> Iterator[str]:
     if world % dense:
         yield (
             f"world_size is {world}, but must be a multiple of tensor x context x pipeline parallel size "
-            f"({tp} x {cp} x {pp} = {dense}): start {nearest_multiples(world, dense)} ranks, or choose sizes whose product "
-            f"divides {world}."
+            f"({tp} x {cp} x {pp} = {dense}): start {nearest_multiples(world, dense)} ranks, or choose sizes whose "
+            f"product divides {world}."
         )
     etp, ep = sizes.expert_tensor_parallel_size or tp, sizes.expert_model_parallel_size
     expert = etp * ep * pp
     if world % expert and expert != dense:
         yield (
             f"world_size is {world}, but must be a multiple of expert tensor x expert x pipeline parallel size "
-            f"({etp} x {ep} x {pp} = {expert}): start {nearest_multiples(world, expert)} ranks, or choose smaller sizes."
+            f"({etp} x {ep} x {pp} = {expert}): start {nearest_multiples(world, expert)} ranks, or choose smaller "
+            "sizes."
         )
     ranks = run.data_parallel_size * cp
     instances = run.ddp.num_distributed_optimizer_instances
     if world % dense == 0 and (instances < 1 or ranks % instances):
         yield (
-            f"num_distributed_optimizer_instances is {instances}, but must divide data x context parallel size ({ranks}): "
-            f"use one of {divisors(ranks)}."
+            f"num_distributed_optimizer_instances is {instances}, but must divide data x context parallel size "
+            f"({ranks}): use one of {divisors(ranks)}."
         )
 
 
@@ -104,8 +118,8 @@ def _sequence(run: RunConfig) -> Iterator[str]:
     longest = run.gpt.max_position_embeddings
     if longest is not None and length > longest:
         yield (
-            f"seq_length is {length}, but must be at most max_position_embeddings ({longest}): write --seq-length {longest} "
-            f"or --max-position-embeddings {length}."
+            f"seq_length is {length}, but must be at most max_position_embeddings ({longest}): write --seq-length "
+            f"{longest} or --max-position-embeddings {length}."
         )
     tp, cp = sizes.tensor_model_parallel_size, sizes.context_parallel_size
     if cp > 1 and length % (2 * cp):
@@ -122,9 +136,7 @@ def _sequence(run: RunConfig) -> Iterator[str]:
 
 def _batch(run: RunConfig) -> Iterator[str]:
     training, sizes = run.training, run.transformer
-    model_ranks = (
-        sizes.tensor_model_parallel_size * sizes.context_parallel_size * sizes.pipeline_model_parallel_size
-    )
+    model_ranks = sizes.tensor_model_parallel_size * sizes.context_parallel_size * sizes.pipeline_model_parallel_size
     if training.micro_batch_size is None or run.world_size % model_ranks:
         return
     try:
@@ -175,14 +187,14 @@ def _duration(run: RunConfig) -> Iterator[str]:
 def _features(run: RunConfig) -> Iterator[str]:
     sizes = run.transformer
     if sizes.fp32_residual_connection and not (sizes.fp16 or sizes.bf16):
-        yield "fp32_residual_connection is set, but everything is computed in full precision: add --bf16 or leave it out."
-    if sizes.distribute_saved_activations:
-        if sizes.tensor_model_parallel_size == 1 or sizes.recompute_granularity != "full" or sizes.sequence_parallel:
-            yield (
-                f"distribute_saved_activations is set with tensor_model_parallel_size {sizes.tensor_model_parallel_size}, "
-                f"recompute_granularity {sizes.recompute_granularity} and sequence_parallel {sizes.sequence_parallel}, but "
-                "splits what full recomputation stores over tensor ranks without sequence parallelism: write "
-                "--recompute-granularity full and a tensor parallel size above 1, or leave it out."
-            )
+        yield "fp32_residual_connection is set, but all is computed in full precision: add --bf16 or leave it out."
+    tp, granularity = sizes.tensor_model_parallel_size, sizes.recompute_granularity
+    if sizes.distribute_saved_activations and (tp == 1 or granularity != "full" or sizes.sequence_parallel):
+        yield (
+            f"distribute_saved_activations is set with tensor_model_parallel_size {tp}, recompute_granularity "
+            f"{granularity} and sequence_parallel {sizes.sequence_parallel}, but it splits what full recomputation "
+            "stores over tensor ranks, as sequence parallelism does already: write --recompute-granularity full and "
+            "--tensor-model-parallel-size above 1 without --sequence-parallel, or leave it out."
+        )
     if run.logger.log_progress and run.checkpoint.save is None:
         yield "log_progress is set, but progress.txt lies in the checkpoint folder: write --save FOLDER."

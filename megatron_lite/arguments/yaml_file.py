@@ -43,21 +43,19 @@ def read_yaml(path: str, sections: tuple[str, ...]) -> list[Entry]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: the file cannot be read ({error}); name an existing YAML file.") from error
-    loader = _TextLoader(text)
     try:
+        loader = _TextLoader(text)
         root = loader.get_single_node()
         return [] if root is None else _entries(loader, root, path, sections)
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not a plain YAML file of settings: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"--config {path} is nested too deeply; write one `key: value` a line.") from error
-    finally:
-        loader.dispose()
 
 
 def _entries(loader: _TextLoader, root: yaml.Node, path: str, sections: tuple[str, ...]) -> list[Entry]:
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"--config {path} must hold `key: value` lines, but holds a {root.id}.")
+        raise ConfigError(f"--config {path} must hold `key: value` lines, but is not a mapping.")
     found: list[Entry] = []
     for key_node, value_node in root.value:
         where = f"{path}:{key_node.start_mark.line + 1}"

@@ -1,0 +1,129 @@
+"""--dry-run: rank 0 of any cluster, described in seconds without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_lite import parallel_state
+from megatron_lite.arguments import RunConfig, parse_args
+from megatron_lite.dry_run import ModelSize, activation_bytes, describe, dry_run, memory_of
+from megatron_lite.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_of(name: str, world: int, *words: str) -> RunConfig:
+    """A preset as seen by a dry run of `world` ranks."""
+    config = str(ROOT / "configs" / f"{name}.yaml")
+    return parse_args(["--config", config, "--dry-run", "--world-size", str(world), *words])
+
+
+def number_after(report: str, words: str) -> int:
+    """The integer that follows these words in the report."""
+    return int(report.split(words)[1].split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("world", [1, 8, 4096])
+def test_any_number_of_ranks(world: int) -> None:
+    tensor_parallel = min(world, 8)
+    run = run_of(
+        "quickstart", world, "--tensor-model-parallel-size", str(tensor_parallel), "--global-batch-size", "4096"
+    )
+    report = describe(run)
+    assert report.startswith(f"Layout of {world:,} rank") or "--sequence-parallel" in report
+    assert f"data parallel {world // tensor_parallel}" in report
+    assert not dist.is_initialized()
+    assert not parallel_state.is_initialized()
+
+
+def test_llama3_70b_on_1024_ranks() -> None:
+    report = describe(run_of("llama3_70b", 1024))
+    assert "tensor parallel 8 with sequence parallelism: rank 0 works with ranks 0, 1, 2, 3, 4, 5, 6, 7" in report
+    assert "data parallel 128: rank 0 works with ranks 0, 8, 16 ... 1016" in report
+    assert "dp_replicate 1, dp_shard 128, tp 8" in report
+    assert number_after(report, "whole model:") == 70_553_706_496
+    # Weights are split 8 x 128 ways, norms (2 in each of 80 layers and one at the end) 128 ways.
+    norms = 161 * 8192
+    split = 70_553_706_496 - norms
+    assert number_after(report, "computed with by rank 0:") == split // 8 + norms
+    # 128,256 / 8 vocabulary rows do not divide by 128: rank 0 stores 126 of 125.25, in both tables.
+    uneven = 2 * (126 * 128 - 128256 // 8) * 8192 // 128
+    assert number_after(report, "stored by rank 0 between steps:") == (split // 8 + norms) // 128 + uneven
+    assert (
+        "512 sequences a step = 1 a micro-batch x 128 data parallel ranks x 4 micro-batches = 4,194,304 tokens"
+        in report
+    )
+
+
+def test_vocabulary_padding_is_told_apart() -> None:
+    report = describe(run_of("gpt2_124m", 1, "--global-batch-size", "12"))
+    assert "whole model: 124,439,808 (+ 36,096 of vocabulary padding)" in report
+
+
+def test_memory_follows_the_strategy() -> None:
+    size = ModelSize(total=1000, padding=0, tensor_parallel_shard=1000, stored=250, largest_layer=100)
+    bf16 = ["--bf16", "--tensor-model-parallel-size", "1", "--mock-data"]
+    memory = {
+        strategy: memory_of(run_of("quickstart", 2, *bf16, "--data-parallel-sharding-strategy", strategy), size)
+        for strategy in ("optim", "optim_grads", "optim_grads_params")
+    }
+    for one in memory.values():
+        assert one.master_weights == 250 * 4
+        assert one.optimizer_state == 2 * 250 * 4
+        assert one.gradients == 250 * 4  # one micro-batch
+        assert (
+            one.total
+            == one.master_weights + one.compute_weights + one.gradients + one.optimizer_state + one.activations
+        )
+    assert memory["optim"].compute_weights == memory["optim_grads"].compute_weights == 1000 * 2
+    assert memory["optim_grads_params"].compute_weights == (2 * 100 + 600) * 2
+    assert memory_of(run_of("quickstart", 1), size).compute_weights == 0
+    several = run_of("quickstart", 2, *bf16, "--global-batch-size", "32", "--use-distributed-optimizer")
+    assert memory_of(several, size).gradients == 250 * 4 + 1000 * 4
+
+
+def test_activations_by_the_formula() -> None:
+    plain = activation_bytes(run_of("quickstart", 1))
+    # 8 x 256 tokens, 4 layers, float32: 4 h + (8 + 8 + 8 + 8) heads x 32 + 3 f
+    assert plain == 8 * 256 * 4 * 4 * (4 * 256 + 32 * 32 + 3 * 1024)
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "2"]
+    recomputed = activation_bytes(run_of("quickstart", 1, *full))
+    assert recomputed == 8 * 256 * 4 * (2 * 256 + 2 * (4 * 256 + 32 * 32 + 3 * 1024))
+    split = activation_bytes(run_of("quickstart", 2, "--tensor-model-parallel-size", "2"))
+    assert split == plain // 2
+
+
+def test_growing_batches_are_listed() -> None:
+    words = ["--step-batch-size-schedule", "0:16 1000:32", "--global-batch-size", "32"]
+    assert "the batch grows: 16 from sample 0, 32 from sample 1,000" in describe(run_of("quickstart", 1, *words))
+
+
+def test_a_vocabulary_nobody_knows() -> None:
+    words = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 8 --micro-batch-size 1 --train-iters 1"
+    run = parse_args([*words.split(), "--lr", "1", "--dry-run"])
+    with pytest.raises(ConfigError, match="--vocab-size N"):
+        describe(run)
+
+
+def test_one_rank_speaks_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of("quickstart", 1)
+    monkeypatch.setenv("RANK", "1")
+    dry_run(run)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    dry_run(run)
+    assert "Parameters" in capsys.readouterr().out
+
+
+def test_the_command_answers_within_ten_seconds() -> None:
+    """In seconds of processor time, which other work on the machine does not stretch."""
+    before = os.times()
+    command = ["pretrain_gpt.py", "--dry-run", "--world-size", "1024", "--config", "configs/llama3_70b.yaml"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    after = os.times()
+    assert "Layout of 1,024 ranks" in done.stdout
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 10.0

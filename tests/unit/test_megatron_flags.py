@@ -1,0 +1,162 @@
+"""Megatron-LM's flags: each is honoured, accepted with a word, or refused by name; its example scripts pass."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.arguments import build_parser, build_run_config, parse_args, read_settings
+from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags
+from megatron_lite.arguments.options import all_options
+from megatron_lite.arguments.validation import all_violations
+from megatron_lite.errors import ConfigError
+
+FLAGS = [
+    word
+    for line in (Path(__file__).parent / "megatron_flags.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+    for word in line.split()
+]
+
+GPT3 = shlex.split("""
+    --num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048
+    --attention-backend auto --micro-batch-size 1 --global-batch-size 1536 --train-iters 500000 --weight-decay 0.1
+    --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5
+    --lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 430000
+    --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --data-path data_text_document
+    --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt --split 949,50,1 --log-interval 100
+    --save-interval 10000 --eval-interval 1000 --save checkpoints --load checkpoints --eval-iters 10
+    --tensorboard-dir logs --step-batch-size-schedule "0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536"
+""")
+
+LLAMA3_8B = shlex.split("""
+    --use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+    --group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192
+    --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0
+    --hidden-dropout 0.0 --swiglu --normalization RMSNorm --init-method-std 0.0134 --attention-backend fused
+    --apply-layernorm-1p --untie-embeddings-and-output-weights --disable-bias-linear
+    --micro-batch-size 1 --global-batch-size 128 --train-samples 1953125000 --lr-decay-samples 1949218748
+    --lr-warmup-samples 3906252 --lr 0.00015 --min-lr 0.00001 --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5
+    --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --bf16
+    --grad-reduce-in-bf16 --cross-entropy-loss-fusion --calculate-per-token-loss --manual-gc
+    --empty-unused-memory-level 1 --exit-duration-in-mins 235
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --tensor-model-parallel-size 1 --context-parallel-size 1 --sequence-parallel
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 --data-cache-path cache --tiktoken-pattern v2
+    --split "'99,1,0'" --no-create-attention-mask-in-dataloader --no-mmap-bin-files --num-workers 1
+    --log-interval 1 --eval-iters 32 --eval-interval 100 --save-interval 1000 --log-throughput --profile
+    --profile-step-start 4 --profile-step-end 6 --ckpt-format torch_dist --distributed-timeout-minutes 60
+    --save checkpoints --load checkpoints --tensorboard-dir logs
+""")
+
+LLAMA3_8B_FP8 = shlex.split("""
+    --fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --fp8-param-gather
+""")
+
+
+@pytest.fixture(autouse=True)
+def _eight_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+
+
+def test_no_flag_of_megatron_is_unknown() -> None:
+    assert len(FLAGS) == 785
+    honoured = {name for option in all_options() for name in option.flags} | set(ALIASES) | {"--yaml-cfg"}
+    unknown = [flag for flag in FLAGS if flag.partition("=")[0] not in honoured | set(compat_flags())]
+    assert not unknown
+    assert not honoured & set(compat_flags())
+
+
+def test_each_flag_takes_as_many_words_as_in_megatron() -> None:
+    parser = build_parser()
+    for flag in FLAGS:
+        name, equals, several = flag.partition("=")
+        words = [name, *(["1"] if equals else []), *(["2"] if several else [])]
+        _, unknown = parser.parse_known_args(words)
+        assert not unknown, flag
+
+
+def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
+    settings = read_settings(["--no-masked-softmax-fusion", "--no-bias-swiglu-fusion", "--overlap-grad-reduce"])
+    assert not settings.problems
+    assert len(settings.notices) == 2
+    assert "--no-masked-softmax-fusion, --no-bias-swiglu-fusion: accepted without effect (" in settings.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--num-experts", "8"], "--num-experts 8 is given, but not supported: mixture of experts"),
+        (["--multi-latent-attention"], "multi-latent attention comes in a later version"),
+        (["--mtp-num-layers", "1"], "multi-token prediction"),
+        (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
+        (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype bf16 is given, but not supported"),
+        (["--ckpt-format", "fsdp_dtensor"], "--ckpt-format fsdp_dtensor is given, but not supported"),
+        (["--batch-size", "8"], "write --micro-batch-size"),
+        (["--moe-router-topk", "4", "--moe-grouped-gemm"], "--moe-router-topk 4, --moe-grouped-gemm are given"),
+    ],
+)
+def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: str) -> None:
+    problems = read_settings(words).problems
+    assert len(problems) == 1
+    assert named in problems[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--exp-avg-dtype", "fp32"], ["--ckpt-format", "torch_dist"], ["--rope-type", "rope"], ["--moe-layer-freq", "1"]],
+)
+def test_values_that_ask_for_nothing_special_pass(words: list[str]) -> None:
+    assert not read_settings(words).problems
+
+
+def test_compatibility_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "megatron.yaml"
+    path.write_text("masked_softmax_fusion: true\nnum_experts: null\nfp8_format: hybrid\nmoe_grouped_gemm: false\n")
+    settings = read_settings(["--config", str(path)])
+    assert len(settings.notices) == 1
+    assert len(settings.problems) == 1
+    assert "--fp8-format hybrid" in settings.problems[0]
+
+
+def test_second_spellings() -> None:
+    run = build_run_config(read_settings(["--recompute-activations", "--encoder-num-layers", "3"]))
+    assert run.transformer.recompute_granularity == "selective"
+    assert run.transformer.num_layers == 3
+
+
+def test_gpt3_example_parses_and_asks_for_pipeline_stages() -> None:
+    settings = read_settings([*GPT3, "--dry-run", "--world-size", "128"])
+    assert not settings.problems
+    run = build_run_config(settings)
+    assert all_violations(run) == [
+        "pipeline_model_parallel_size is 16, but pipeline parallelism comes in a later version: "
+        "write --pipeline-model-parallel-size 1."
+    ]
+
+
+def test_gpt3_example_is_valid_without_pipeline_stages() -> None:
+    run = parse_args([*GPT3, "--pipeline-model-parallel-size", "1"])
+    assert run.world_size == 8
+    assert run.transformer.fp16
+    assert run.training.step_batch_size_schedule is not None
+
+
+def test_llama3_example_is_valid() -> None:
+    run = parse_args(LLAMA3_8B)
+    assert run.data.split == "99,1,0"
+    assert run.optimizer.decoupled_lr == 5e-4
+    assert run.ddp.data_parallel_sharding_strategy == "optim"
+    assert not run.transformer.sequence_parallel
+    said = "\n".join(run.notices)
+    for name in ("--use-mcore-models", "--overlap-grad-reduce", "--cross-entropy-loss-fusion", "--sequence-parallel"):
+        assert name in said
+
+
+def test_llama3_example_in_fp8_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args([*LLAMA3_8B, *LLAMA3_8B_FP8])
+    message = str(caught.value)
+    for name in LLAMA3_8B_FP8[::2]:
+        assert name in message
+    assert "\n" not in message

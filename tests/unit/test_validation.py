@@ -1,0 +1,166 @@
+"""Rules between settings: each violation says the value, the rule and the remedy, and all are reported at once."""
+
+import pytest
+
+from megatron_lite.arguments import RunConfig, build_run_config, parse_args, read_settings, validate
+from megatron_lite.arguments.validation import all_violations
+from megatron_lite.errors import ConfigError
+
+BASE = {
+    "num_layers": "2",
+    "hidden_size": "64",
+    "num_attention_heads": "4",
+    "seq_length": "32",
+    "micro_batch_size": "2",
+    "train_iters": "10",
+    "lr": "1e-3",
+    "mock_data": None,
+    "tokenizer_type": "NullTokenizer",
+    "vocab_size": "100",
+}
+
+
+def words(without: tuple[str, ...] = (), **changes: str | None) -> list[str]:
+    """A command line: BASE with changes; None is a switch."""
+    line: list[str] = []
+    for name, value in {**BASE, **changes}.items():
+        if name not in without:
+            line += ["--" + name.replace("_", "-"), *([] if value is None else value.split())]
+    return line
+
+
+def violations(monkeypatch: pytest.MonkeyPatch, world: int, line: list[str]) -> list[str]:
+    """What a run of `world` ranks with this command line breaks."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    settings = read_settings(line)
+    assert not settings.problems
+    return all_violations(build_run_config(settings))
+
+
+# world size, changed settings, and what the one sentence must hold: the value, the rule's number, the remedy
+CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
+    (6, {"tensor_model_parallel_size": "4"}, ["world_size is 6", "multiple of", "= 4", "4 or 8"]),
+    (4, {"tensor_model_parallel_size": "4", "num_query_groups": "2"}, ["num_query_groups is 2", "(4)", "among 1, 2"]),
+    (1, {"num_query_groups": "3"}, ["num_query_groups is 3", "divide num_attention_heads (4)", "1, 2, 4"]),
+    (1, {"pipeline_model_parallel_size": "0"}, ["pipeline_model_parallel_size is 0", "at least 1"]),
+    (2, {"pipeline_model_parallel_size": "2"}, ["pipeline_model_parallel_size is 2", "later version", "write"]),
+    (2, {"context_parallel_size": "2"}, ["context_parallel_size is 2", "later version", "write"]),
+    (2, {"expert_model_parallel_size": "2"}, ["expert_model_parallel_size is 2", "later version", "write"]),
+    (1, {"seq_length": "64", "max_position_embeddings": "32"}, ["seq_length is 64", "(32)", "--seq-length 32"]),
+    (
+        4,
+        {"tensor_model_parallel_size": "4", "sequence_parallel": None, "seq_length": "30"},
+        ["seq_length is 30", "= 4", "28 or 32"],
+    ),
+    (2, {"global_batch_size": "6"}, ["global_batch_size is 6", "= 4", "4 or 8"]),
+    (1, {"global_batch_size": "0"}, ["global_batch_size is 0", "positive", "1 or more"]),
+    (1, {"train_samples": "100"}, ["train_iters is 10", "train_samples is 100", "leave out"]),
+    (1, {"lr_warmup_iters": "10"}, ["lr_warmup_iters is 10", "10 iters", "--lr-warmup-iters 1"]),
+    (1, {"lr_warmup_samples": "5"}, ["lr_warmup_samples is 5", "train_iters", "--lr-warmup-iters"]),
+    (1, {"lr_decay_samples": "5"}, ["lr_decay_samples is 5", "train_iters", "--lr-decay-iters"]),
+    (1, {"min_lr": "0.1"}, ["lr is 0.001", "min_lr (0.1)", "lower"]),
+    (1, {"save": "x"}, ["save is 'x'", "interval", "--save-interval N"]),
+    (1, {"save": "x", "save_interval": "0"}, ["save_interval is 0", "positive", "1 or more"]),
+    (
+        1,
+        {"save": "x", "save_interval": "10", "save_retain_interval": "25"},
+        ["save_retain_interval is 25", "(10)", "--save-retain-interval 20"],
+    ),
+    (1, {"exit_on_missing_checkpoint": None}, ["exit_on_missing_checkpoint", "--load FOLDER"]),
+    (1, {"log_progress": None}, ["log_progress", "--save FOLDER"]),
+    (1, {"fp16": None, "bf16": None}, ["--fp16 and --bf16", "one dtype", "keep one"]),
+    (1, {"fp32_residual_connection": None}, ["fp32_residual_connection", "--bf16"]),
+    (1, {"recompute_granularity": "full"}, ["recompute_granularity is full", "--recompute-method", "uniform"]),
+    (1, {"recompute_num_layers": "1"}, ["recompute_num_layers", "--recompute-granularity full", "leave"]),
+    (1, {"distribute_saved_activations": None}, ["distribute_saved_activations", "full", "leave it out"]),
+    (1, {"rampup_batch_size": "2 2 100", "global_batch_size": "4"}, ["[2, 2, 100]", "samples", "--train-samples N"]),
+    (1, {"normalization": "BatchNorm"}, ["normalization is 'BatchNorm'", "one of", "RMSNorm"]),
+    (1, {"hidden_dropout": "1.5"}, ["hidden_dropout is 1.5", "0 <= value < 1"]),
+    (
+        1,
+        {"profile": None, "profile_step_start": "9", "profile_step_end": "9"},
+        ["is 9", "before", "--profile-step-end 11"],
+    ),
+    (1, {"wandb_project": "p"}, ["wandb_project", "--wandb-exp-name NAME"]),
+    (1, {"eval_iters": "-1"}, ["eval_iters is -1", "0 (no evaluation) or more"]),
+    (1, {"seed": "-3"}, ["seed is -3", "0 or more"]),
+    (
+        4,
+        {"num_distributed_optimizer_instances": "3", "use_distributed_optimizer": None},
+        ["num_distributed_optimizer_instances is 3", "(4)", "1, 2, 4"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("world", "changes", "parts"), CASES, ids=[" ".join(case[1]) for case in CASES])
+def test_one_mistake_is_one_sentence_with_value_rule_and_remedy(
+    monkeypatch: pytest.MonkeyPatch, world: int, changes: dict[str, str | None], parts: list[str]
+) -> None:
+    found = violations(monkeypatch, world, words(**changes))
+    assert len(found) == 1, found
+    for part in parts:
+        assert part in found[0]
+
+
+def test_heads_groups_and_mlp_must_split_over_tensor_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, groups, mlp = violations(monkeypatch, 3, words(tensor_model_parallel_size="3"))
+    assert heads.startswith("num_attention_heads is 4, but it must be a multiple of tensor_model_parallel_size (3)")
+    assert groups.startswith("num_query_groups is 4, but it must be a multiple of tensor_model_parallel_size (3)")
+    assert mlp.endswith("use 255 or 258.")
+
+
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        ("num_layers", "--num-layers N"),
+        ("hidden_size", "--hidden-size N"),
+        ("num_attention_heads", "--num-attention-heads N"),
+        ("seq_length", "--seq-length N"),
+        ("micro_batch_size", "--micro-batch-size N"),
+        ("train_iters", "--train-iters N"),
+        ("lr", "--lr"),
+        ("mock_data", "--data-path"),
+        ("tokenizer_type", "--vocab-file and --merge-file"),
+        ("vocab_size", "--vocab-size"),
+    ],
+)
+def test_what_a_run_cannot_do_without(monkeypatch: pytest.MonkeyPatch, missing: str, remedy: str) -> None:
+    found = violations(monkeypatch, 1, words((missing,)))
+    assert len(found) == 1, found
+    assert remedy in found[0]
+
+
+def test_all_mistakes_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    line = words(tensor_model_parallel_size="4", seq_length="64", max_position_embeddings="32", seed="x", bogus="1")
+    with pytest.raises(ConfigError) as caught:
+        parse_args(line)
+    message = str(caught.value)
+    assert message.startswith("4 settings do not fit together:")
+    for part in ("seed is 'x'", "--bogus is not a flag", "world_size is 6", "seq_length is 64"):
+        assert part in message
+
+
+def test_a_legal_run_has_no_violations(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = words(
+        tensor_model_parallel_size="2", sequence_parallel=None, global_batch_size="8", save="x", save_interval="5"
+    )
+    assert violations(monkeypatch, 4, line) == []
+
+
+def test_sequence_parallelism_of_one_rank_is_switched_off_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run = parse_args(words(sequence_parallel=None))
+    assert not run.transformer.sequence_parallel
+    assert any("--sequence-parallel: switched off" in notice for notice in run.notices)
+
+
+def test_evaluation_alone_needs_no_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert violations(monkeypatch, 1, words(("lr", "train_iters"), skip_train=None)) == []
+
+
+def test_a_config_made_by_hand_is_validated_too() -> None:
+    run = RunConfig()
+    with pytest.raises(ConfigError, match="num_layers is not given"):
+        validate(run)
+    run.transformer.num_layers = 2  # not frozen: it was not accepted
