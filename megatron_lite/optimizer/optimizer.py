@@ -139,7 +139,7 @@ class MegatronOptimizer:
         members = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if n in gradients]
         if not members:
             return
-        # Looked up at each step, because FSDP may move a padded shard to new storage before its first forward.
+        # Looked up at each step: FSDP moves shards to new storage when weights are assigned (load_state_dict).
         shards = [local(parameter) for _, parameter in members]
         grads = [gradients[name] for name, _ in members]
         grad_scale = None if divisor is None else divisor.float()

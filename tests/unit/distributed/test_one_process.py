@@ -1,0 +1,53 @@
+"""Without other ranks nothing is wrapped, gathered, reduced or copied."""
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_lite import parallel_state
+from megatron_lite.distributed import (
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+    reshard_parameters,
+    set_is_last_microbatch,
+    wrap_data_parallel,
+)
+from megatron_lite.model_parallel_config import ModelParallelConfig
+from megatron_lite.optimizer import OptimizerConfig, counts_here, get_megatron_optimizer, global_grad_statistics
+from megatron_lite.tensor_parallel import ColumnParallelLinear
+
+
+@pytest.fixture
+def mesh():
+    parallel_state.initialize_model_parallel()
+    yield parallel_state.get_dense_mesh()
+    parallel_state.shutdown()
+
+
+@pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads", "optim_grads_params"])
+def test_one_rank_trains_the_module_itself(mesh, strategy):
+    config = ModelParallelConfig()
+    model = nn.Sequential(ColumnParallelLinear(4, 3, config=config))
+    ddp = DistributedDataParallelConfig(data_parallel_sharding_strategy=strategy)
+    assert wrap_data_parallel(model, config, ddp, mesh) is model
+    assert type(model) is nn.Sequential
+    set_is_last_microbatch(model, False)
+    reshard_parameters(model)
+    model(torch.ones(2, 4)).sum().backward()
+    finalize_model_grads(model, parallel_state.get_tensor_model_parallel_group())
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="sgd", lr=0.1), model)
+    norm = optimizer.step().grad_norm.item()
+    assert norm == pytest.approx((12 * 4 + 3 * 4) ** 0.5)  # 12 weights and 3 biases with gradient 2
+    assert set(optimizer.state_dict()) == {
+        "optimizer.state.0.weight.momentum_buffer",
+        "optimizer.state.0.bias.momentum_buffer",
+    }
+
+
+def test_plain_tensors_without_any_group():
+    assert counts_here(torch.ones(3))
+    norm, zeros = global_grad_statistics([torch.ones(3), torch.zeros(0), torch.zeros(1)], torch.device("cpu"), True)
+    assert (norm.item(), zeros.item()) == (pytest.approx(3**0.5), 1)
+    norm, zeros = global_grad_statistics([], torch.device("cpu"))
+    assert norm == 0.0
+    assert zeros is None
