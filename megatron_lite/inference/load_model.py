@@ -74,13 +74,21 @@ def load_model(
     embedding = tensor_shapes(read_metadata(folder)).get(_EMBEDDING)
     padded = {} if embedding is None else {"padded_vocab_size": embedding[0], "pad_vocab_size": True}
     gpt = _rebuild(GPTModelConfig, settings, "gpt", folder, padded)
-    moved = {} if tokenizer_model is None else {"tokenizer_model": tokenizer_model}
-    tokenizer = build_tokenizer(_rebuild(TokenizerConfig, settings, "tokenizer", folder, moved))
-    seq_length = settings.get("data", {}).get("seq_length") or gpt.max_position_embeddings or 1024
-    model = build_gpt_model(transformer, gpt, tokenizer.vocab_size, seq_length, parallel_output=False)
+    # A stranger's checkpoint must not decide that code which comes with a tokenizer is run here.
+    own: dict[str, Any] = {"trust_remote_code": False}
+    if tokenizer_model is not None:
+        own["tokenizer_model"] = tokenizer_model
+    tokenizer = build_tokenizer(_rebuild(TokenizerConfig, settings, "tokenizer", folder, own))
+    if gpt.max_position_embeddings is None:
+        raise CheckpointError(f"{folder} does not say how long a sequence may be (gpt.max_position_embeddings).")
+    with torch.device("meta"):
+        model = build_gpt_model(
+            transformer, gpt, tokenizer.vocab_size, gpt.max_position_embeddings, parallel_output=False
+        )
+    model.to_empty(device=device)
     load_weights(folder, model)
     # Training keeps master weights in float32 and casts them for each step; here they are cast once.
-    return LoadedModel(model.to(device, transformer.params_dtype).eval(), tokenizer, iteration)
+    return LoadedModel(model.to(transformer.params_dtype).eval(), tokenizer, iteration)
 
 
 def _rebuild(kind: type[C], settings: dict[str, Any], group: str, folder: Path, changes: dict[str, Any]) -> C:

@@ -1,0 +1,122 @@
+"""Let a trained model continue a text, on the screen as it is written.
+
+python tools/generate.py --load checkpoints --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-k 50
+
+The settings of the model and its tokenizer are stored in the checkpoint, whatever layout it was saved at. Without
+--prompt or --prompt-file the prompt is read from the standard input. A model too large for one device runs split over
+several: torchrun --nproc-per-node 4 tools/generate.py ...
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+
+from megatron_lite import parallel_state
+from megatron_lite.checkpoint import CheckpointError
+from megatron_lite.config_field import FLAG
+from megatron_lite.errors import ConfigError
+from megatron_lite.inference.generate import TextStream, generate_tokens
+from megatron_lite.inference.load_model import LoadedModel, load_model
+from megatron_lite.inference.sampling import SamplingConfig
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the sampling part is read off SamplingConfig."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="Folder of checkpoints.")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="Iteration to load instead of the latest one.")
+    parser.add_argument("--tokenizer-model", metavar="FILE", help="Where the tokenizer is now, if it has moved.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="Text to continue.")
+    source.add_argument("--prompt-file", metavar="FILE", help="File with the text to continue.")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="Tokens to add at most.")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="Different continuations to write.")
+    hints = get_type_hints(SamplingConfig)
+    for field in dataclasses.fields(SamplingConfig):
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, type=hints[field.name], default=field.default, help=field.metadata[FLAG].help)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; user mistakes end in a message and exit status 2."""
+    arguments = build_parser().parse_args(argv)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    try:
+        if ranks > 1:
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+        prompt = read_prompt(arguments)
+        loaded = load_model(
+            arguments.load,
+            arguments.ckpt_step,
+            tensor_model_parallel_size=ranks,
+            device=device,
+            tokenizer_model=arguments.tokenizer_model,
+        )
+        write_samples(loaded, prompt, arguments, device)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if ranks > 1:
+            parallel_state.shutdown()
+    return 0
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The text to continue; may be empty, for the beginning of a document."""
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    if arguments.prompt_file is not None:
+        return Path(arguments.prompt_file).read_text(encoding="utf-8")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("under torchrun there is one standard input for many ranks; give --prompt or --prompt-file.")
+    return sys.stdin.read()
+
+
+def write_samples(loaded: LoadedModel, prompt: str, arguments: argparse.Namespace, device: torch.device) -> None:
+    """Write each continuation as it grows, and a line on the speed to the standard error."""
+    writing = int(os.environ.get("RANK", "0")) == 0
+
+    def show(text: str) -> None:
+        if writing:
+            print(text, end="", flush=True)
+
+    tokenizer = loaded.tokenizer
+    # A text begins where the one before it ended.
+    ids = tokenizer.tokenize(prompt) or [tokenizer.eod]
+    tokens = torch.tensor([ids], device=device)
+    chosen = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingConfig)}
+    count, started = 0, time.perf_counter()
+    for number in range(arguments.num_samples):
+        sampling = SamplingConfig(**chosen | {"seed": arguments.seed + number})
+        stream = TextStream(tokenizer.detokenize, ids)
+        show(f"--- sample {number + 1} of {arguments.num_samples} ---\n" if arguments.num_samples > 1 else "")
+        show(prompt)
+        for drawn in generate_tokens(loaded.model, tokens, arguments.max_new_tokens, sampling, tokenizer.eod):
+            count += 1
+            token = int(drawn[0])
+            if token != tokenizer.eod:
+                show(stream.add(token))
+        show(stream.finish() + "\n")
+    if writing:
+        seconds = time.perf_counter() - started
+        print(
+            f"[iteration {loaded.iteration}: {count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s]",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
