@@ -173,7 +173,15 @@ def gather_from_sequence_parallel_region(
             (reduce-scatter); False if all compute the same with it (split).
         group: default the tensor parallel group.
         tp_group: the same.
+
+    Raises:
+        ConfigError: a group in the place of `tensor_parallel_output_grad`.
     """
+    if not isinstance(tensor_parallel_output_grad, bool):
+        raise ConfigError(
+            f"tensor_parallel_output_grad is {tensor_parallel_output_grad!r}, but it must be True or False; "
+            "give a process group as tp_group=..."
+        )
     group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_

@@ -2,18 +2,15 @@
 
 import contextlib
 import io
-import os
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.e2e.commands import REPOSITORY, run
 from tests.parallel.pool import WorkerPool
 
-REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "scripts" / "examples"
 
 pytestmark = pytest.mark.e2e
@@ -87,9 +84,9 @@ def test_parallel_groups_of_a_running_world(pool: WorkerPool) -> None:
 
 
 def test_parallel_groups_of_an_imagined_world() -> None:
-    """A command line without torchrun: rank 77 of the 128 ranks of TP 8, CP 4, EP 2, PP 2, groups worked out by hand."""
-    flags = "--tp 8 --cp 4 --ep 2 --pp 2 --world-size 128 --rank 77".split()
-    output = _command([sys.executable, str(EXAMPLES / "parallel_groups.py"), *flags])
+    """A command line without torchrun: rank 77 of 128, its groups worked out by hand."""
+    flags = ["--tp", "8", "--cp", "4", "--ep", "2", "--pp", "2", "--world-size", "128", "--rank", "77"]
+    output = run([sys.executable, str(EXAMPLES / "parallel_groups.py"), *flags])
     rows = dict(re.findall(r"^  (\w+(?: \w+)?) +place \d+ of \d+ +with ranks (.*)$", output, flags=re.MULTILINE))
     # Fastest to slowest: tp 8, cp 4, dp 2, pp 2, so 77 = tp 5 + 8 * cp 1 + 32 * dp 0 + 64 * pp 1.
     assert rows["tensor"] == "72, 73, 74, 75, 76, 77, 78, 79"
@@ -108,10 +105,3 @@ def test_torchrun() -> None:
     )
     assert "tensor parallel rank 1 of 2" in output
     assert "equal to the MLP in one piece" in output
-
-
-def _command(words: list[str]) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    result = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
