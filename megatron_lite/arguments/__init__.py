@@ -75,6 +75,8 @@ def _settle(run: RunConfig) -> list[str]:
     if run.transformer.sequence_parallel and run.transformer.tensor_model_parallel_size == 1:
         run.transformer.sequence_parallel = False
         notices.append("--sequence-parallel: switched off, because tensor_model_parallel_size is 1.")
+    if run.transformer.apply_query_key_layer_scaling:
+        notices.append("--apply-query-key-layer-scaling: accepted without effect (scores are accumulated in float32).")
     if run.gpt.max_position_embeddings is None:
         run.gpt.max_position_embeddings = run.data.seq_length
     return notices

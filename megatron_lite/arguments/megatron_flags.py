@@ -30,8 +30,8 @@ NO_EFFECT: dict[str, str] = {
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native --disable-bf16-reduced-precision-matmul
         --use-fused-weighted-squared-relu --fused-residual-rmsnorm --use-transformer-engine-op-fuser
         --no-clone-scatter-output-in-embedding --disable-clone-scatter-output-in-embedding --use-te-activation-func
-        --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
-        --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
+        --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+        --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
         --no-gradient-reduce-div-fusion --mla-down-proj-fusion
     """,
     "tuning of a memory or launch cost that this framework does not have": """
@@ -45,14 +45,16 @@ NO_EFFECT: dict[str, str] = {
         --init-model-with-meta-device
     """,
     "this monitoring is not part of megatron_lite; the run goes on without it": """
-        --config-logger-dir= --pytorch-profiler-collect-chakra --record-shapes
+        --config-logger-dir= --pytorch-profiler-collect-chakra --record-shapes --nvtx-ranges
         --check-weight-hash-across-dp-replicas-interval= --gpu-sniff-test-interval=
         --result-rejected-tracker-filename= --dump-param-to-param-group-map= --adlr-autoresume
-        --adlr-autoresume-interval= --log-memory-interval= --log-device-memory-used --log-energy --otel-enabled
-        --otel-service-name= --otel-span-groups= --log-straggler --straggler-ctrlr-port= --straggler-minmax-count=
-        --disable-straggler-on-startup --run-workload-inspector-server --no-one-logger --one-logger-project=
-        --one-logger-run-name= --one-logger-async --app-tag-run-name= --app-tag-run-version= --enable-ft-package
-        --calc-ft-timeouts --ft-num-warmup-iters= --rerun-mode=disabled|validate_results|report_stats
+        --adlr-autoresume-interval= --log-progress --timing-log-level= --timing-log-option=
+        --log-timers-to-tensorboard --log-memory-interval= --log-device-memory-used --logging-level= --log-energy
+        --otel-enabled --otel-service-name= --otel-span-groups= --log-straggler --straggler-ctrlr-port=
+        --straggler-minmax-count= --disable-straggler-on-startup --run-workload-inspector-server --no-one-logger
+        --one-logger-project= --one-logger-run-name= --one-logger-async --app-tag-run-name= --app-tag-run-version=
+        --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters=
+        --rerun-mode=disabled|validate_results|report_stats
     """,
     "batches are read in the order of consumed samples": """
         --exit-signal-handler-for-dataloader --exit-signal-handler-for-training

@@ -196,5 +196,10 @@ def _features(run: RunConfig) -> Iterator[str]:
             "stores over tensor ranks, as sequence parallelism does already: write --recompute-granularity full and "
             "--tensor-model-parallel-size above 1 without --sequence-parallel, or leave it out."
         )
-    if run.logger.log_progress and run.checkpoint.save is None:
-        yield "log_progress is set, but progress.txt lies in the checkpoint folder: write --save FOLDER."
+    if sizes.transformer_impl == "transformer_engine":
+        yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
+    if sizes.hierarchical_context_parallel_sizes is not None:
+        yield (
+            f"hierarchical_context_parallel_sizes is {sizes.hierarchical_context_parallel_sizes}, but "
+            f"{NOT_YET['context_parallel_size']}: leave it out."
+        )

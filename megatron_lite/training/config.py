@@ -102,18 +102,10 @@ class LoggerConfig(Validated):
 
     log_interval: int = knob(100, "Iterations between log lines.")
     log_throughput: bool = knob(False, "Add TFLOP/s per GPU, MFU and tokens/s to the log line.")
-    log_progress: bool = knob(False, "Append starts, saves and cumulative FLOPs to progress.txt in the save folder.")
     log_params_norm: bool = knob(False, "Log the L2 norm of all parameters.")
-    timing_log_level: int = knob(
-        0, "Detail of the timers: 0 the iteration, 1 its phases, 2 each micro-batch.", choices=(0, 1, 2)
-    )
-    timing_log_option: str = knob(
-        "minmax", "Which ranks' timers are printed: the slowest, the range, or all.", choices=("max", "minmax", "all")
-    )
     tensorboard_dir: str | None = knob(None, "Folder for TensorBoard event files; none are written without it.")
     tensorboard_log_interval: int = knob(1, "Iterations between TensorBoard points.")
     tensorboard_queue_size: int = knob(1000, "Events TensorBoard may hold before it writes them.")
-    log_timers_to_tensorboard: bool = knob(False, "Write the timers to TensorBoard as well.")
     log_loss_scale_to_tensorboard: bool = knob(True, "Write the loss scale to TensorBoard.")
     log_validation_ppl_to_tensorboard: bool = knob(False, "Write validation perplexity to TensorBoard.")
     log_memory_to_tensorboard: bool = knob(False, "Write allocated and reserved memory to TensorBoard.")
@@ -122,7 +114,6 @@ class LoggerConfig(Validated):
     wandb_exp_name: str | None = knob(None, "wandb name of this run.")
     wandb_entity: str | None = knob(None, "wandb user or team that owns the run.")
     wandb_save_dir: str | None = knob(None, "Folder for wandb's local files.")
-    logging_level: int | None = knob(None, "Level of Python's logging, for example 20 for INFO.")
     metrics_jsonl: str | None = knob(
         None, "File that receives one JSON object an iteration, at full precision.", metavar="FILE"
     )
@@ -165,7 +156,6 @@ class ProfilingConfig(Validated):
     pytorch_profiler_collect_callstack: bool = knob(False, "Record Python stacks in the torch.profiler trace.")
     record_memory_history: bool = knob(False, "Record CUDA allocations and write a snapshot when profiling ends.")
     memory_snapshot_path: str = knob("snapshot.pickle", "File of the memory snapshot.")
-    nvtx_ranges: bool = knob(False, "Mark NVTX ranges around the phases of a step.")
 
     def violations(self) -> list[str]:
         """Every broken rule of this group, one sentence each."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -233,6 +234,15 @@ def test_every_flag_has_help_and_every_field_a_flag_once() -> None:
         "data and dataloader",
     ):
         assert group in text
+
+
+def test_no_setting_is_ignored() -> None:
+    """Each field is read somewhere: as an attribute, or by its name in quotes."""
+    package = Path(__file__).parents[2] / "megatron_lite"
+    code = "\n".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    read = set(re.findall(r"\.(\w+)|\"(\w+)\"", code))
+    names = {name for pair in read for name in pair}
+    assert [option.field for option in all_options() if option.field not in names] == []
 
 
 def test_conversion_follows_the_type() -> None:
