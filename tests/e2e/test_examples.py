@@ -100,7 +100,7 @@ def test_parallel_groups_of_an_imagined_world() -> None:
 def test_torchrun() -> None:
     """As the README of the examples says, with a real launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    output = _command(
+    output = run(
         [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(EXAMPLES / "simple_mlp.py")]
     )
     assert "tensor parallel rank 1 of 2" in output
