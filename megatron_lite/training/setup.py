@@ -11,6 +11,7 @@ from megatron_lite.arguments import RunConfig
 from megatron_lite.datasets.builders import build_train_valid_test_datasets
 from megatron_lite.datasets.data_loader import build_pretraining_data_loader
 from megatron_lite.distributed import DistributedDataParallelConfig, wrap_data_parallel
+from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.flops import num_floating_point_operations
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
@@ -64,7 +65,16 @@ def build_model(
 
 
 def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> nn.Module:
-    """The model of a run, announced with its number of parameters."""
+    """The model of a run, announced with its number of parameters.
+
+    Raises:
+        ConfigError: the tokenizer makes ids that the model has no embedding for.
+    """
+    if config.gpt.vocab_size is not None and config.gpt.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size is {config.gpt.vocab_size}, but must hold the {tokenizer.vocab_size} ids of the tokenizer: "
+            f"write --vocab-size {tokenizer.vocab_size}, or leave it out."
+        )
     model = build_model(
         config.transformer,
         config.gpt,

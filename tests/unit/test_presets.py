@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from megatron_lite.arguments import RunConfig, parse_args
+from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.tokenizers.null_tokenizer import NullTokenizer
+from megatron_lite.training.setup import model_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -79,3 +82,9 @@ def test_quickstart_verifies_in_float64_for_a_few_steps(monkeypatch: pytest.Monk
     assert run.transformer.params_dtype == torch.float64
     assert run.checkpoint.save is None
     assert run.checkpoint.load is None
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load("quickstart", monkeypatch)
+    with pytest.raises(ConfigError, match=r"vocab_size is 4096, but must hold the 5000 ids"):
+        model_of(run, NullTokenizer(5000), torch.device("cpu"))
