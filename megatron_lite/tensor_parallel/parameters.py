@@ -124,11 +124,16 @@ def named_parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:
 
 
 @torch.no_grad()
-def initialize_parameters(model: nn.Module, seed: int) -> None:
+def initialize_parameters(model: nn.Module, seed: int, on_cpu: bool = False) -> None:
     """Fill every parameter so that its logical value depends on (seed, name) alone, not on the layout.
 
     Each logical tensor is drawn whole from a generator seeded by its name and sliced to what this rank stores: first
     the tensor (or expert) parallel shard, then FSDP's chunk. No communication; the random state is left as it was.
+
+    Args:
+        model: its parameters have storage; their values are replaced.
+        seed: of the whole model.
+        on_cpu: draw on the CPU, whose generator gives the same numbers on every machine, and copy.
 
     Raises:
         ConfigError: a parameter nobody declared.
@@ -136,8 +141,9 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
     specs = named_parameter_specs(model)
     for fqn, parameter in model.named_parameters():
         target = local(parameter.detach())
-        with _seeded_by_name(seed, fqn, target.device):
-            full = torch.empty(parameter.shape, dtype=target.dtype, device=target.device)
+        device = torch.device("cpu") if on_cpu else target.device
+        with _seeded_by_name(seed, fqn, device):
+            full = torch.empty(parameter.shape, dtype=target.dtype, device=device)
             specs[fqn].init_method(full)
         target.copy_(_shard_of(full, parameter))
 

@@ -60,7 +60,7 @@ def build_model(
     wrap_data_parallel(model, transformer, ddp, parallel_state.get_dense_mesh())
     model.to_empty(device=device)
     if transformer.perform_initialization:
-        initialize_parameters(model, seed)
+        initialize_parameters(model, seed, on_cpu=transformer.use_cpu_initialization)
     return model
 
 

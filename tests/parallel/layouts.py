@@ -206,7 +206,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
         num_distributed_optimizer_instances=layout.dp if layout.strategy == "no_shard" else layout.replicas,
     )
     with mutation(broken):
-        model, optimizer = _build(layout)
+        model, optimizer = build(layout)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         dp_rank = parallel_state.get_data_parallel_rank()
@@ -226,7 +226,8 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
     return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights)
 
 
-def _build(layout: Layout) -> tuple[nn.Module, MegatronOptimizer]:
+def build(layout: Layout) -> tuple[nn.Module, MegatronOptimizer]:
+    """The model at this rank of a layout, and its SGD optimizer."""
     ddp = DistributedDataParallelConfig(
         data_parallel_sharding_strategy=layout.strategy, num_distributed_optimizer_instances=layout.replicas
     )

@@ -1,0 +1,70 @@
+"""Metrics files survive kills and resumes; the log line has the fields that parsers look for."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from megatron_lite.training.metrics import IterationRecord, MetricsBuffer
+from megatron_lite.training.throughput import Throughput
+from megatron_lite.training.writers import JsonLines, console_line, duration
+
+
+def record(iteration: int, loss: float, **values: float) -> IterationRecord:
+    """An iteration with the usual values."""
+    usual = {"lm_loss": loss, "learning_rate": 1e-3, "loss_scale": 1.0, "grad_norm": 0.5, "skipped": 0.0, "nan": 0.0}
+    return IterationRecord(iteration, iteration * 8, 8, 250.0, 8 * 32, {**usual, **values})
+
+
+def test_resume_drops_what_will_be_run_again(tmp_path):
+    """A run killed at iteration 5 and resumed from the checkpoint of iteration 3 has each iteration once."""
+    path = str(tmp_path / "folder" / "metrics.jsonl")
+    first = JsonLines(path, 1)
+    first.write([record(n, 1.0).as_json() for n in range(1, 6)])
+    first.close()
+    with open(path, "a") as file:
+        file.write('{"iteration": 6, "lm_lo')  # the kill came in the middle of a line
+    second = JsonLines(path, 4)
+    second.write([record(n, 2.0).as_json() for n in range(4, 8)])
+    second.close()
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert [(e["iteration"], e["lm_loss"]) for e in entries] == [(n, 1.0 if n < 4 else 2.0) for n in range(1, 8)]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    """Metrics of an earlier run in the same file would be mistaken for this one's."""
+    path = str(tmp_path / "metrics.jsonl")
+    for _ in range(2):
+        writer = JsonLines(path, 1)
+        writer.write([record(1, 1.0).as_json()])
+        writer.close()
+    assert len(Path(path).read_text().splitlines()) == 1
+
+
+def test_console_line_is_the_mean_of_its_interval():
+    """Loss and time are means; iterations that were not numbers count apart and do not spoil the mean."""
+    records = [record(1, 4.0), record(2, float("nan"), nan=1.0, skipped=1.0), record(3, 2.0)]
+    line = console_line(records, 10, Throughput(1e9, 32, 2, peak=None))
+    assert " iteration        3/      10 | consumed samples:           24 | " in line
+    assert "elapsed time per iteration (ms): 250.0 | throughput per GPU (TFLOP/s/GPU): 0.0160 | " in line
+    assert "tokens per second: 1024 | " in line
+    assert "learning rate: 1.000000E-03 | global batch size:     8 | lm loss: 3.000000E+00 | loss scale: 1.0 | " in line
+    assert "number of skipped iterations:   1 | number of nan iterations:   1 | time left: 0:00:02 |" in line
+
+
+def test_metrics_buffer_reads_all_at_once():
+    """Scalars come back in order and under their names, and the buffer is empty afterwards."""
+    buffer = MetricsBuffer(torch.device("cpu"))
+    for n in (1, 2):
+        empty = IterationRecord(n, n, 1, 0.0, 1, {})
+        buffer.add(empty, {"lm_loss": torch.tensor(float(n)), "grad_norm": torch.tensor(n * 10.0)})
+    records = buffer.flush()
+    assert [(r.values["lm_loss"], r.values["grad_norm"]) for r in records] == [(1.0, 10.0), (2.0, 20.0)]
+    assert all(r.elapsed_ms > 0 for r in records)
+    assert buffer.flush() == []
+
+
+def test_duration():
+    """Seconds as people read them."""
+    assert duration(3661.4) == "1:01:01"
+    assert duration(-1) == "0:00:00"
