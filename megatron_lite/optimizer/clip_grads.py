@@ -43,8 +43,7 @@ def local_sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> T
     present = [gradient for gradient in gradients if gradient.numel() > 0]
     if not present:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(present)])
-    return norms.square().sum()
+    return torch.stack(torch._foreach_norm(present)).double().square().sum()
 
 
 def local_num_zeros(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

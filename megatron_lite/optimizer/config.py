@@ -32,7 +32,7 @@ class OptimizerConfig(Validated):
     adam_eps: float = knob(1e-8, "Added to Adam's denominator.")
     sgd_momentum: float = knob(0.9, "Momentum of SGD; 0 keeps no buffer.")
 
-    fp16: bool = knob(False, "The model computes in float16: scale the loss. Follows the model's fp16.", flag=False)
+    fp16: bool = knob(False, "Scale the loss; a model that computes in float16 switches this on.", flag=False)
     loss_scale: float | None = knob(None, "Constant loss scale; default: dynamic under --fp16, none otherwise.")
     initial_loss_scale: float = knob(2.0**32, "First value of the dynamic loss scale.")
     min_loss_scale: float = knob(1.0, "Lowest value of the dynamic loss scale.")

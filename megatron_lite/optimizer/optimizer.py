@@ -5,6 +5,7 @@ Each rank updates the shard it holds. Moments, step counters and loss scale are 
 restores them at another layout.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -255,11 +256,14 @@ def get_megatron_optimizer(
 
     Args:
         config: which optimizer and its constants.
-        model_chunks: a module, or one per virtual pipeline stage; their parameter names must differ.
+        model_chunks: a module, or one per virtual pipeline stage; their parameter names must differ. A chunk whose
+            `config.fp16` is set has its loss scaled.
         dense_mesh: mesh of all ranks for dense parameters; default that of `parallel_state`, if it is initialized.
         expert_mesh: the same for routed experts.
     """
     chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    if any(getattr(getattr(chunk, "config", None), "fp16", False) for chunk in chunks):
+        config = dataclasses.replace(config, fp16=True)
     if parallel_state.model_parallel_is_initialized():
         dense_mesh = parallel_state.get_dense_mesh() if dense_mesh is None else dense_mesh
         expert_mesh = parallel_state.get_expert_mesh() if expert_mesh is None else expert_mesh

@@ -206,6 +206,28 @@ def test_accumulation_in_bf16_is_seen(pool):
         check_accumulation(pool, "dp3-optim", grad_reduce_in_bf16=True)
 
 
+def low_precision(layout, dtype):
+    """Gradients in float32 of the model computed in another dtype, unscaled, and the norm the optimizer reports."""
+    config = ModelParallelConfig(**({dtype: True} if dtype else {}))
+    model, optimizer = build_in(layout, config, adam(initial_loss_scale=2.0**10))
+    backward(model, optimizer, 0, micro_batches=2)
+    scale = optimizer.get_loss_scale().item()
+    gradients = {name: gradient / scale for name, gradient in whole_gradients(optimizer).items()}
+    return gradients, optimizer.step().grad_norm.item(), scale
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2", "dp3-params", "tp2-dp2-optim"])
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 0.02), ("bf16", 0.1)])
+def test_low_precision_stays_near_float32(pool, layout, dtype, bound):
+    """The loss scale is on for float16 alone and gone from what the optimizer sees."""
+    expected, norm, _ = run(pool, "one", low_precision, None)[0]
+    gradients, low_norm, scale = run(pool, layout, low_precision, dtype)[0]
+    assert scale == (1024.0 if dtype == "fp16" else 1.0)
+    assert low_norm == pytest.approx(norm, rel=bound)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert_close(gradients, expected, bound)
+
+
 # T27
 
 

@@ -195,7 +195,7 @@ class GPTModel(MegatronModule):
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
         )
-        return loss.view(length, batch).t()
+        return loss.view(length, batch).t().clone()  # not a view: FSDP2 hangs its backward hook on what is returned
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> [b, s, V], or this rank's [b, s, V/tp]."""

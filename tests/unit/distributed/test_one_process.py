@@ -44,6 +44,19 @@ def test_one_rank_trains_the_module_itself(mesh, strategy):
     }
 
 
+def test_a_float16_model_has_its_loss_scaled(mesh):
+    config = ModelParallelConfig(fp16=True)
+    model = ColumnParallelLinear(4, 3, config=config)
+    plain = get_megatron_optimizer(OptimizerConfig(lr=0.1), nn.Sequential(model))
+    assert plain.grad_scaler is None
+    scaled = get_megatron_optimizer(OptimizerConfig(lr=0.1, initial_loss_scale=1024.0), model)
+    scaled.scale_loss(model(torch.ones(2, 4, dtype=torch.float16)).sum()).backward()
+    result = scaled.step()
+    assert scaled.get_loss_scale() == 1024.0
+    assert result.found_inf == 0.0
+    assert result.grad_norm.item() == pytest.approx((12 * 4 + 3 * 4) ** 0.5)
+
+
 def test_plain_tensors_without_any_group():
     assert counts_here(torch.ones(3))
     norm, zeros = global_grad_statistics([torch.ones(3), torch.zeros(0), torch.zeros(1)], torch.device("cpu"), True)
