@@ -69,7 +69,7 @@ def test_wrong_guesses_cost_time_only(monkeypatch):
     assert np.array_equal(build_blending_indices(weights, 3000)[0], right)
 
 
-@pytest.fixture()
+@pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     """The current folder holds the corpora a, b and c."""
     monkeypatch.chdir(tmp_path)
@@ -112,7 +112,7 @@ def test_too_few_samples_are_an_error_that_says_what_to_do(in_folder, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "changes,message",
+    ("changes", "message"),
     [
         ({"blend": (["a", "b"], [1.0])}, "2 datasets has 1 weights"),
         ({"blend": (["a", "b"], [1.0, 0.0])}, "must be positive"),
@@ -137,7 +137,7 @@ def test_weights_without_a_number_of_samples(in_folder):
 
 
 @pytest.mark.parametrize(
-    "words,expected",
+    ("words", "expected"),
     [
         (None, None),
         (["a"], (["a"], None)),

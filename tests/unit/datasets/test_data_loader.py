@@ -15,7 +15,7 @@ from megatron_lite.errors import ConfigError
 from tests.unit.datasets import corpora
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tmp_path, monkeypatch):
     """Settings that read corpus a of the current folder."""
     monkeypatch.chdir(tmp_path)
@@ -114,7 +114,7 @@ def test_masks_reach_the_samples(data):
 
 
 @pytest.mark.parametrize(
-    "settings,message",
+    ("settings", "message"),
     [
         ({"data_path": ["a"], "mock_data": True}, "named 2 times, by data_path and by mock_data"),
         ({"train_data_path": ["a"], "split": "9,1"}, "drop --split"),

@@ -32,7 +32,7 @@ def build(prefix: Path, documents, dtype=np.uint16) -> str:
     return str(prefix)
 
 
-@pytest.fixture()
+@pytest.fixture
 def prefix(tmp_path):
     """Three documents: [1, 2, 3], [4], [5, 6]."""
     return build(tmp_path / "data", [[1, 2, 3], [4], [5, 6]])
@@ -125,7 +125,7 @@ def test_offsets_beyond_two_gibibytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "position,offset,length", [(0, 0, 4), (0, 2, 2), (0, -1, 1), (0, 0, -1), (3, 0, 1), (-4, 0, 1)]
+    ("position", "offset", "length"), [(0, 0, 4), (0, 2, 2), (0, -1, 1), (0, 0, -1), (3, 0, 1), (-4, 0, 1)]
 )
 def test_reading_outside_is_an_error(prefix, position, offset, length):
     with pytest.raises(IndexError, match="which has"):
@@ -141,7 +141,7 @@ def test_an_index_cut_anywhere_is_refused(prefix):
 
 
 @pytest.mark.parametrize(
-    "offset,value,message",
+    ("offset", "value", "message"),
     [
         (0, b"NOTANIDX!", "offset 0"),
         (9, struct.pack("<Q", 2), "version 1 at offset 9, found 2"),

@@ -26,7 +26,7 @@ def global_order(make, micro_batch_size, size, number, consumed=0):
 
 
 @pytest.mark.parametrize("make", [sequential, cyclic])
-@pytest.mark.parametrize("micro_batch_size,size", [(1, 1), (4, 1), (1, 4), (2, 3), (3, 8), (12, 2)])
+@pytest.mark.parametrize(("micro_batch_size", "size"), [(1, 1), (4, 1), (1, 4), (2, 3), (3, 8), (12, 2)])
 def test_the_order_does_not_depend_on_the_layout(make, micro_batch_size, size):
     number = 96 if make is sequential else 240
     assert global_order(make, micro_batch_size, size, number) == global_order(make, 1, 1, number)
