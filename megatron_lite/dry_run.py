@@ -212,17 +212,19 @@ def _layout_lines(run: RunConfig) -> Iterator[str]:
     )
     for name, group in groups:
         assert group is not None
-        yield f"{name}: rank 0 works with ranks {_ranks(dist.get_process_group_ranks(group))}"
+        yield f"{name}: rank 0 {_company(dist.get_process_group_ranks(group))}"
     mesh = parallel_state.get_dense_mesh()
     shape = ", ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
     yield f"mesh: {shape} (order {run.distributed.order})"
     yield f"data parallel strategy: {run.ddp.data_parallel_sharding_strategy}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def _company(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return "works alone"
     if len(ranks) <= 8:
-        return ", ".join(str(rank) for rank in ranks)
-    return f"{ranks[0]}, {ranks[1]}, {ranks[2]} ... {ranks[-1]}"
+        return f"works with ranks {', '.join(str(rank) for rank in ranks)}"
+    return f"works with ranks {ranks[0]}, {ranks[1]}, {ranks[2]} ... {ranks[-1]}"
 
 
 def _parameter_lines(run: RunConfig, size: ModelSize) -> Iterator[str]:

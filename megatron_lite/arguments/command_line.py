@@ -85,9 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (target, value) in ALIASES.items():
         text = f"Same as --{target.replace('_', '-')} {value or 'N'}."
         if value is None:
-            parser.add_argument(name, dest=name, help=text, metavar="N")
+            general.add_argument(name, dest=name, help=text, metavar="N")
         else:
-            parser.add_argument(name, dest=name, action="store_true", help=text)
+            general.add_argument(name, dest=name, action="store_true", help=text)
     fields_have = {spelling for option in all_options() for spelling in option.flags}
     for flag in compat_flags().values():
         if flag.name in fields_have:
