@@ -5,12 +5,13 @@ from torch import Tensor
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection, group_size
-from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.tensor_parallel.layers import RowParallelLinear
 from megatron_lite.tensor_parallel.random import checkpoint
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.norms import build_norm
+from megatron_lite.transformer.qkv_projection import build_qkv_projection
 from megatron_lite.transformer.rope import RotaryTables, apply_rotary_pos_emb
 from megatron_lite.transformer.transformer_config import TransformerConfig, divisors
 
@@ -18,8 +19,8 @@ from megatron_lite.transformer.transformer_config import TransformerConfig, divi
 class SelfAttention(MegatronModule):
     """Multi-head, grouped-query (g < n) and multi-query (g = 1) self-attention, [s, b, h] -> [s, b, h].
 
-    The rows of linear_qkv are grouped by query group, [n/g queries, key, value] each, so any contiguous row shard is
-    a set of whole groups. Collectives are those of ColumnParallelLinear and RowParallelLinear.
+    How linear_qkv is split over ranks, qkv_projection.py says. Collectives are those of ColumnParallelLinear and
+    RowParallelLinear.
 
     Args:
         config: shape, biases, qk_layernorm, init methods, recompute_modules.
@@ -30,7 +31,7 @@ class SelfAttention(MegatronModule):
         pg_collection: process groups, default the global tensor parallel group.
 
     Raises:
-        ConfigError: num_query_groups is not a multiple of the tensor parallel size.
+        ConfigError: num_query_groups is neither a multiple nor a divisor of the tensor parallel size.
     """
 
     config: TransformerConfig
@@ -48,30 +49,24 @@ class SelfAttention(MegatronModule):
         group = tensor_parallel_group(pg_collection)
         tp = group_size(group)
         groups, head = config.num_query_groups or config.num_attention_heads, config.kv_channels or 0
-        if groups % tp:
+        if groups % tp and tp % groups:
             raise ConfigError(
-                f"num_query_groups is {groups}, but each of the {tp} tensor parallel ranks holds whole key/value "
-                f"heads, so it must be a multiple of {tp}; use a tensor parallel size among {divisors(groups)}."
+                f"num_query_groups is {groups}, but it must be a multiple or a divisor of the tensor parallel size "
+                f"({tp}), so that each rank has whole key/value heads; use a tensor parallel size among "
+                f"{divisors(groups)}."
             )
         self.layer_number = layer_number
         self.head_size = head
-        self.query_groups_per_partition = groups // tp
-        self.queries_per_group = config.num_attention_heads // groups
+        # With fewer groups than ranks, each rank has some of the queries of one group.
+        self.query_groups_per_partition = max(groups // tp, 1)
+        self.queries_per_group = config.num_attention_heads // tp // self.query_groups_per_partition
         self.rotary_interleaved = rotary_interleaved
         self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in (
             config.recompute_modules or ()
         )
         query_size = config.num_attention_heads * head
 
-        self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size,
-            query_size + 2 * groups * head,
-            config=config,
-            init_method=config.init_method,
-            bias=config.add_bias_linear or config.add_qkv_bias,
-            gather_output=False,
-            tp_group=group,
-        )
+        self.linear_qkv = build_qkv_projection(config, group)
         self.q_layernorm = build_norm(config, head, partial_over_tp=tp > 1) if config.qk_layernorm else None
         self.k_layernorm = build_norm(config, head, partial_over_tp=tp > 1) if config.qk_layernorm else None
         self.core_attention = DotProductAttention(

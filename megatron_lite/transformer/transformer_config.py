@@ -70,7 +70,7 @@ class TransformerConfig(ModelParallelConfig):
     attention_dropout: float = knob(0.0, "Dropout on the attention probabilities.")
 
     # Numerics
-    attention_softmax_in_fp32: bool = knob(True, "Attention softmax in float32; every backend here does so.", flag=False)
+    attention_softmax_in_fp32: bool = knob(True, "Softmax in float32, as every backend here.", flag=False)
     apply_query_key_layer_scaling: bool = knob(
         False, "Divide the scores by the layer number before and multiply after the cast, for fp16."
     )
@@ -82,7 +82,7 @@ class TransformerConfig(ModelParallelConfig):
     )
     transformer_impl: str = knob(
         "auto",
-        "auto uses the fastest implementation present; local uses torch only; transformer_engine insists on that package.",
+        "auto uses the fastest present; local uses torch only; transformer_engine insists on that package.",
         choices=("auto", "local", "transformer_engine"),
     )
 
@@ -110,7 +110,7 @@ class TransformerConfig(ModelParallelConfig):
         choices=("full", "selective"),
     )
     recompute_method: str | None = knob(
-        None, "full: uniform splits layers into equal chunks, block takes the first layers.", choices=("uniform", "block")
+        None, "full: uniform cuts layers into equal chunks, block takes the first ones.", choices=("uniform", "block")
     )
     recompute_num_layers: int | None = knob(None, "full: layers per chunk (uniform) or layers recomputed (block).")
     recompute_modules: list[str] | None = knob(
@@ -168,10 +168,11 @@ class TransformerConfig(ModelParallelConfig):
                     f"num_query_groups is {groups}, but it must divide num_attention_heads ({heads}); "
                     f"{divisors(heads)} do."
                 )
-            elif groups % max(tp, 1):
+            elif groups % max(tp, 1) and tp % groups:
                 found.append(
-                    f"num_query_groups is {groups}, but it must be a multiple of tensor_model_parallel_size ({tp}), "
-                    f"because each rank holds whole key/value heads; use a tensor parallel size among {divisors(groups)}."
+                    f"num_query_groups is {groups}, but it must be a multiple or a divisor of "
+                    f"tensor_model_parallel_size ({tp}), because each rank holds whole key/value heads; use a tensor "
+                    f"parallel size among {divisors(groups)}."
                 )
             if self.kv_channels is not None and self.hidden_size % heads and self.kv_channels * heads == 0:
                 found.append(f"hidden_size is {self.hidden_size} with {heads} heads; give --kv-channels.")

@@ -54,6 +54,11 @@ def qk_norms_not_summed():
     return _undeclared(lambda name: "q_layernorm" in name or "k_layernorm" in name)
 
 
+def shared_group_not_summed():
+    """T10: keys and values that several ranks compute are taken to have complete gradients."""
+    return _undeclared(lambda name: "linear_qkv" in name)
+
+
 def partial_gradients_averaged():
     """T1: the sum over tensor parallel ranks became a mean."""
     original = dist.all_reduce
@@ -174,6 +179,7 @@ MUTATIONS = {
         norms_not_summed,
         row_bias_not_summed,
         qk_norms_not_summed,
+        shared_group_not_summed,
         partial_gradients_averaged,
         row_bias_on_every_rank,
         local_softmax_denominator,

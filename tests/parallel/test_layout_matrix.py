@@ -27,6 +27,8 @@ LAYOUTS = [
     Layout(dp=4, strategy="optim_grads_params", accumulation=3, normalization="RMSNorm"),
     Layout(dp=4, strategy="optim_grads", replicas=2, accumulation=3),
     Layout(dp=3, strategy="no_shard", accumulation=4, tied=False),
+    Layout(tp=4, query_groups=2, positions="rope"),
+    Layout(tp=2, sp=True, dp=2, strategy="optim_grads_params", query_groups=1, tied=False),
     Layout(tp=2, dp=2, accumulation=3),
     Layout(tp=2, sp=True, dp=2, strategy="optim", accumulation=2),
     Layout(tp=2, sp=True, dp=3, strategy="optim_grads_params", accumulation=2, tied=False, swiglu=True),

@@ -22,6 +22,7 @@ CASES = [
     ("partial_gradients_averaged", SEQUENCE_PARALLEL, "gradients"),  # T1
     ("qk_norms_not_summed", TENSOR_PARALLEL, "gradients"),  # T2
     ("qk_norms_not_summed", SEQUENCE_PARALLEL, "gradients"),  # T2
+    ("shared_group_not_summed", Layout(tp=4, query_groups=2), "gradients"),  # T10
     ("row_bias_on_every_rank", TENSOR_PARALLEL, "losses"),  # T5
     ("row_bias_on_every_rank", SEQUENCE_PARALLEL, "losses"),  # T5
     ("local_softmax_denominator", TENSOR_PARALLEL, "loss"),  # T7
