@@ -108,10 +108,11 @@ class DotProductAttention(MegatronModule):
                 "forbidden."
             )
         causal = (attn_mask_type or self.attn_mask_type).is_causal
-        visible = visible_positions(query.size(0), key.size(0), causal, self.window_size, query.device)
-        if attention_mask is not None:
-            visible = ~attention_mask if visible is None else visible & ~attention_mask
-        plain_causal = visible is None and causal and query.size(0) > 1
+        lengths = query.size(0), key.size(0)
+        plain = attention_mask is None and self._needs_no_mask(*lengths, causal)
+        visible = None if plain else visible_positions(*lengths, causal, self.window_size, query.device)
+        if visible is not None and attention_mask is not None:
+            visible = visible & ~attention_mask
         dropout = self.attention_dropout if self.training else 0.0
         with contextlib.ExitStack() as scope:
             if dropout > 0.0:
@@ -124,11 +125,18 @@ class DotProductAttention(MegatronModule):
                 value.permute(1, 2, 0, 3),
                 attn_mask=visible,
                 dropout_p=dropout,
-                is_causal=plain_causal,
+                is_causal=plain and causal and lengths[0] > 1,
                 scale=self.softmax_scale,
                 enable_gqa=key.size(2) != query.size(2),
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _needs_no_mask(self, query_length: int, key_length: int, causal: bool) -> bool:
+        """Whether SDPA's own triangle (or no mask at all) says what may be seen."""
+        left, right = self.window_size or (-1, -1)
+        reaches_back = left < 0 or left >= key_length - 1
+        reaches_on = causal or right < 0 or right >= key_length - 1
+        return reaches_back and reaches_on and (not causal or query_length in (1, key_length))
 
 
 def uses_window(config: TransformerConfig, layer_number: int) -> bool:
@@ -152,16 +160,12 @@ def visible_positions(
     causal: bool,
     window_size: tuple[int, int] | None,
     device: torch.device,
-) -> Tensor | None:
-    """The mask [sq, sk] of key positions each query may look at, or None where SDPA needs no mask.
+) -> Tensor:
+    """The mask [sq, sk] of the key positions each query may look at.
 
-    The last query stands at the last key, so a decoding step that brings one query to a cache of keys sees them all.
-    None means: everything, or (causal, as many queries as keys) the lower triangle.
+    The last query stands at the last key: a decoding step brings fewer queries than there are keys in the cache.
     """
     left, right = window_size or (-1, -1)
-    unlimited = (left < 0 or left >= key_length - 1) and (right < 0 or right >= key_length - 1 or causal)
-    if unlimited and (not causal or query_length in (1, key_length)):
-        return None
     queries = torch.arange(key_length - query_length, key_length, device=device).unsqueeze(1)
     keys = torch.arange(key_length, device=device).unsqueeze(0)
     visible = keys <= queries if causal else torch.ones(query_length, key_length, dtype=torch.bool, device=device)

@@ -9,7 +9,7 @@ def num_floating_point_operations(
     """Operations of one forward and backward pass over `batch_size` sequences.
 
     Counted are the matrix products: 2 operations per multiply-add, backward twice the forward. Attention counts the
-    causal half of the scores, the output layer the padded vocabulary. Not counted, as in Megatron-LM: norms, embeddings,
+    causal half of the scores, the output layer the padded vocabulary. As in Megatron-LM, not counted: norms, embeddings,
     rotary positions, softmax, recomputation.
 
     Args:

@@ -204,9 +204,7 @@ def test_meta_build_is_initialized_like_a_real_one() -> None:
     model, _ = build("llama")
     initialize_parameters(model, seed=9)
     with torch.device("meta"):
-        other = GPTModel(
-            model.config, VOCAB, LENGTH, make_vocab_size_divisible_by=16, position_embedding_type="rope", rotary_base=500.0
-        )
+        other = GPTModel(model.config, VOCAB, LENGTH, make_vocab_size_divisible_by=16, **VARIANTS["llama"][1])
     assert all(parameter.is_meta for parameter in other.parameters())
     other.to_empty(device="cpu")
     initialize_parameters(other, seed=9)

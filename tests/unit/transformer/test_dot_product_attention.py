@@ -1,0 +1,173 @@
+"""DotProductAttention against softmax(q k^T) v written out, in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron_lite.transformer.dot_product_attention import DotProductAttention
+from megatron_lite.transformer.enums import AttnMaskType
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+LENGTH, BATCH, HEADS, WIDTH = 9, 2, 4, 8
+
+
+def config(**settings: Any) -> TransformerConfig:
+    return TransformerConfig(num_layers=4, hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, fp64=True, **settings)
+
+
+def draw(length: int = LENGTH, groups: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+
+    def one(heads: int, tokens: int) -> Tensor:
+        return torch.randn(tokens, BATCH, heads, WIDTH, dtype=torch.float64, generator=generator)
+
+    return one(HEADS, length), one(groups, LENGTH), one(groups, LENGTH)
+
+
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float = 1 / math.sqrt(WIDTH)
+) -> Tensor:
+    """`hidden` [sq, sk] or [b, sq, sk]: True where attention is forbidden."""
+    outputs = []
+    for head in range(HEADS):
+        group = head * key.size(2) // HEADS
+        scores = torch.einsum("qbd,kbd->bqk", query[:, :, head], key[:, :, group]) * scale
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("bqk,kbd->qbd", weights, value[:, :, group]))
+    return torch.cat(outputs, -1)
+
+
+def later() -> Tensor:
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_causal_with_grouped_queries(groups: int) -> None:
+    """Fails if the heads of a group are taken as i % g instead of i // (n / g)."""
+    query, key, value = draw(groups=groups)
+    attention = DotProductAttention(config=config(num_query_groups=groups), layer_number=1)
+    got = attention(query=query, key=key, value=value, attention_mask=None)
+    torch.testing.assert_close(got, written_out(query, key, value, later()), rtol=1e-12, atol=1e-12)
+
+
+def test_mask_types() -> None:
+    query, key, value = draw()
+    padding = torch.zeros(BATCH, 1, 1, LENGTH, dtype=torch.bool)
+    padding[1, ..., 6:] = True
+    attention = DotProductAttention(config(), 1)
+    for kind, mask, hidden in (
+        (AttnMaskType.no_mask, None, torch.zeros(LENGTH, LENGTH, dtype=torch.bool)),
+        (AttnMaskType.padding, padding, padding[:, 0].expand(-1, LENGTH, -1)),
+        (AttnMaskType.padding_causal, padding, padding[:, 0] | later()),
+        (AttnMaskType.causal, later()[None, None], later()),
+    ):
+        got = attention(query, key, value, mask, attn_mask_type=kind)
+        torch.testing.assert_close(got, written_out(query, key, value, hidden), rtol=1e-12, atol=1e-12)
+    cross = DotProductAttention(config(), 1, attention_type="cross")
+    seen = cross(query[:3], key, value)
+    torch.testing.assert_close(seen, written_out(query[:3], key, value, torch.zeros(3, LENGTH, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("window", [(2, 0), (0, 0), (8, 0), (-1, 0), (3, 5)])
+def test_sliding_window_equals_an_explicit_mask(window: tuple[int, int]) -> None:
+    """Fails with an off-by-one at the left edge: a window of 2 shows the query and two positions before it."""
+    query, key, value = draw(groups=2)
+    rows, columns = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    left, right = window
+    outside = (columns < rows - left) if left >= 0 else torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    attention = DotProductAttention(config(window_size=window, num_query_groups=2), 1)
+    got = attention(query, key, value)
+    torch.testing.assert_close(got, written_out(query, key, value, outside | later()), rtol=1e-12, atol=1e-12)
+    both_sides = attention(query, key, value, attn_mask_type=AttnMaskType.no_mask)
+    wanted = written_out(query, key, value, outside | (columns > rows + right))
+    torch.testing.assert_close(both_sides, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "windowed"), [(None, [1, 2, 3, 4]), (2, [1, 3]), (4, [1, 2, 3]), ([0, 1, 1, 0], [2, 3])]
+)
+def test_layers_with_a_window(frequency: Any, windowed: list[int]) -> None:
+    settings = config(window_size=(2, 0), window_attn_skip_freq=frequency)
+    layers = [DotProductAttention(settings, number) for number in range(1, 5)]
+    assert [layer.layer_number for layer in layers if layer.window_size is not None] == windowed
+    assert DotProductAttention(config(window_attn_skip_freq=frequency), 1).window_size is None
+
+
+@pytest.mark.parametrize("window", [None, (3, 0)])
+def test_queries_at_the_end_of_more_keys(window: tuple[int, int] | None) -> None:
+    """What decoding with a cache does: the last query stands at the last key."""
+    query, key, value = draw()
+    attention = DotProductAttention(config(window_size=window), 1)
+    whole = attention(query, key, value)
+    for count in (1, 4):
+        torch.testing.assert_close(attention(query[-count:], key, value), whole[-count:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_query_that_may_look_nowhere_gives_zero_and_finite_gradients() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in draw())
+    mask = torch.zeros(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
+    mask[0, :, 5] = True
+    output = DotProductAttention(config(), 1)(query, key, value, mask)
+    assert output[5, 0].eq(0).all()
+    output.sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
+def test_scale_and_backends() -> None:
+    query, key, value = draw()
+    wanted = written_out(query, key, value, later(), scale=0.7)
+    for attention in (
+        DotProductAttention(config(), 1, softmax_scale=0.7),
+        DotProductAttention(config(softmax_scale=0.7), 1),
+        DotProductAttention(config(softmax_scale=0.7, attention_backend="unfused"), 1),
+        DotProductAttention(config(softmax_scale=0.7, attention_backend="flash"), 1),
+    ):
+        torch.testing.assert_close(attention(query, key, value), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_softmax_is_float32_for_bfloat16_input() -> None:
+    query, key, value = (tensor.bfloat16() for tensor in draw())
+    for backend in ("auto", "unfused"):
+        got = DotProductAttention(config(attention_backend=backend), 1)(query * 8, key, value)
+        wanted = written_out(query.double() * 8, key.double(), value.double(), later())
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - wanted).abs().max() < 0.02
+
+
+def test_dropout_draws_from_the_model_parallel_stream() -> None:
+    """T12. Fails if dropout draws from the default stream, which tensor parallel ranks share."""
+    query, key, value = draw()
+    attention = DotProductAttention(config(attention_dropout=0.5), 1)
+    model_parallel_cuda_manual_seed(1)
+    before = torch.get_rng_state()
+    first = attention(query, key, value)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(attention(query, key, value), first)
+    model_parallel_cuda_manual_seed(1)
+    assert torch.equal(attention(query, key, value), first)
+    model_parallel_cuda_manual_seed(1, tp_rank=1)
+    assert not torch.equal(attention(query, key, value), first)
+    plain = written_out(query, key, value, later())
+    torch.testing.assert_close(attention.eval()(query, key, value), plain, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_refused() -> None:
+    query, key, value = draw()
+    with pytest.raises(ConfigError, match="context_parallel_size is 2"):
+        DotProductAttention(config(context_parallel_size=2), 1)
+    with pytest.raises(ConfigError, match="'self' or 'cross'"):
+        DotProductAttention(config(), 1, attention_type="decoder")
+    attention = DotProductAttention(config(), 1)
+    with pytest.raises(ConfigError, match=r"dtype torch.float64, but it must be torch.bool"):
+        attention(query, key, value, later().double())
+    with pytest.raises(ConfigError, match="attention_bias"):
+        attention(query, key, value, attention_bias=later().double())
+    with pytest.raises(ConfigError, match="packed_seq_params"):
+        attention(query, key, value, packed_seq_params=object())
