@@ -1,0 +1,290 @@
+"""The documentation does what it says: commands run or parse, flags exist, links lead somewhere.
+
+Each ```bash block of README.md, CONTRIBUTING.md, docs/ and scripts/examples/ carries a mark in the line above it:
+
+    <!-- test: run -->      executed as written
+    <!-- test: small -->    executed with tiny sizes added to each command
+    <!-- test: dry-run -->  pretrain_gpt.py commands, validated and built on the meta device (or --help, --print-config)
+    <!-- test: syntax -->   valid bash whose scripts and flags exist
+
+Commands run in a scratch folder that looks like the repository, so that they leave nothing behind.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import string
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megatron_lite.arguments import parse_args, read_settings
+from megatron_lite.arguments.command_line import build_parser
+from megatron_lite.dry_run import dry_run
+from tests.e2e.commands import REPOSITORY, environment
+
+pytestmark = pytest.mark.e2e
+
+PAGES = sorted(
+    [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"]
+    + list((REPOSITORY / "docs").glob("*.md"))
+    + [REPOSITORY / "scripts" / "examples" / "README.md"]
+)
+MODES = ("run", "small", "dry-run", "syntax")
+# Added behind each command of a `small` block; the last of two equal flags wins.
+SMALL = {
+    "pretrain_gpt.py": [
+        *("--num-layers", "1", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4"),
+        *(
+            "--seq-length",
+            "32",
+            "--max-position-embeddings",
+            "32",
+            "--micro-batch-size",
+            "2",
+            "--global-batch-size",
+            "4",
+        ),
+        *("--eval-iters", "1", "--num-workers", "0", "--vocab-size", "512"),
+    ],
+    "tools/make_python_corpus.py": ["--root", str(Path(sysconfig.get_paths()["stdlib"]) / "email")],
+    "tools/train_sentencepiece.py": ["--vocab-size", "400"],
+    "tools/preprocess_data.py": ["--workers", "1"],
+}
+# Programs of others, whose flags are not ours to check.
+FOREIGN = ("pip", "git", "python3.11", "source", "cd", "mkdir", "export", "tensorboard", "ruff", "mypy", "ls", "open")
+
+
+class Block(NamedTuple):
+    """A fenced block of commands: where it stands, how it is tested, and its text."""
+
+    page: Path
+    line: int
+    mode: str | None
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command; comments and variables set for one command are left out."""
+        joined = self.text.replace("\\\n", " ")
+        found = [shlex.split(line, comments=True) for line in joined.splitlines()]
+        return [_without_assignments(words) for words in found if words]
+
+
+def _without_assignments(words: list[str]) -> list[str]:
+    while words and re.match(r"^[A-Z_]+=", words[0]):
+        words = words[1:]
+    return words
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = None
+    for number, line in enumerate(lines):
+        if start is None and line.strip() in ("```bash", "```sh", "```shell"):
+            start = number
+        elif start is not None and line.strip() == "```":
+            mark = re.match(r"<!-- test: ([\w-]+) -->$", lines[start - 1].strip()) if start else None
+            text = "\n".join(lines[start + 1 : number])
+            yield Block(page, start + 1, mark.group(1) if mark else None, text)
+            start = None
+
+
+BLOCKS = [block for page in PAGES if page.exists() for block in blocks_of(page)]
+
+
+def in_mode(*modes: str) -> pytest.MarkDecorator:
+    """Each distinct text once, under the name of its first place."""
+    first = {block.text: block for block in reversed(BLOCKS) if block.mode in modes}
+    chosen = sorted(first.values(), key=lambda block: block.name)
+    return pytest.mark.parametrize("block", chosen, ids=[block.name for block in chosen])
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with links to everything a documented command may name."""
+    folder = tmp_path_factory.mktemp("documentation")
+    for name in ("configs", "megatron_lite", "pretrain_gpt.py", "scripts", "tools", "tests", "pyproject.toml"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+def test_every_block_is_marked() -> None:
+    assert [block.name for block in BLOCKS if block.mode not in MODES] == []
+
+
+def program_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """The program of this repository that a command runs, and the words after it."""
+    for position, word in enumerate(words):
+        if word.startswith(("tools/", "scripts/")) or word == "pretrain_gpt.py":
+            return word, words[position + 1 :]
+    return None
+
+
+def ranks_of(words: list[str]) -> int:
+    """How many ranks a command line starts."""
+    text = " ".join(words)
+    sizes = [re.search(rf"--{name}[ =](\d+)", text) for name in ("nproc-per-node", "nnodes")]
+    ranks = 1
+    for size in sizes:
+        ranks *= int(size.group(1)) if size else 1
+    return ranks
+
+
+@in_mode("run", "small")
+def test_commands_run(block: Block, scratch: Path) -> None:
+    script = "\n".join(shlex.join(_shortened(words) if block.mode == "small" else words) for words in block.commands())
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=scratch,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-6000:]}"
+
+
+def _shortened(words: list[str]) -> list[str]:
+    found = program_of(words)
+    if found is None:
+        return words
+    program, given = found
+    if program != "pretrain_gpt.py":
+        return words + SMALL.get(program, [])
+    iterations = "4" if "--train-iters" in given else "2"
+    return [*words, *SMALL[program], "--train-iters", iterations]
+
+
+@in_mode("dry-run")
+def test_commands_are_sound(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validated with the number of ranks the command starts, and built without storage."""
+    monkeypatch.chdir(REPOSITORY)
+    for words in block.commands():
+        found = program_of(words)
+        assert found is not None, words
+        program, given = found
+        assert program == "pretrain_gpt.py"
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            if "--help" in given or "--print-config" in given:
+                with pytest.raises(SystemExit) as ended:
+                    parse_args(given)
+                assert not ended.value.code
+                assert "hidden" in shown.getvalue()
+            else:
+                dry = [] if "--dry-run" in given else ["--dry-run", "--world-size", str(ranks_of(words))]
+                dry_run(parse_args(given + dry))
+                assert "Memory of rank 0" in shown.getvalue()
+
+
+@in_mode("syntax")
+def test_commands_parse(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    subprocess.run(["bash", "-n", "-c", block.text], check=True)
+    for words in block.commands():
+        found = program_of(words)
+        if found is None:
+            assert words[0] in FOREIGN, f"{words[0]} is neither a program of this repository nor a known one"
+            continue
+        program, given = found
+        assert (REPOSITORY / program).is_file(), program
+        if program.endswith(".sbatch"):
+            _check_batch_script(REPOSITORY / program, given)
+        elif program == "pretrain_gpt.py":
+            assert read_settings(given).problems == []
+        elif program.endswith(".py"):
+            unknown = [word for word in _flags(given) if word not in _flags_of_tool(REPOSITORY / program)]
+            assert unknown == [], f"{program}: {unknown}"
+
+
+def _check_batch_script(script: Path, given: list[str]) -> None:
+    """The pretraining command inside a batch script, with the arguments it would pass on, breaks no rule."""
+    config = "configs/llama3_8b.yaml"
+    if given and given[0].endswith(".yaml"):
+        config, given = given[0], given[1:]
+    text = script.read_text().replace("\\\n", " ")
+    command = next(line for line in text.splitlines() if " pretrain_gpt.py " in line)
+    known = {"CONFIG": config, "RUN": "runs/x", "DATA_PATH": "data/x", "TOKENIZER_MODEL": "data/t", "HEAD_NODE": "n"}
+    known |= {"SLURM_NNODES": "4", "SLURM_JOB_ID": "1"}
+    filled = string.Template(command.replace('"$@"', shlex.join(given))).substitute(known)
+    found = program_of(shlex.split(filled))
+    assert found is not None
+    parse_args([*found[1], "--dry-run", "--world-size", str(4 * 8)])
+
+
+def _flags(words: list[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
+def _flags_of_tool(path: Path) -> set[str]:
+    """The flags a command line tool knows: those of its `build_parser`, and those its source spells out."""
+    flags = set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if hasattr(module, "build_parser"):
+        flags |= set(re.findall(r"--[\w-]+", module.build_parser().format_help()))
+    return flags
+
+
+def test_flags_in_the_text_exist() -> None:
+    """Every flag named in backquotes is one of ours, of a tool or of torchrun."""
+    known = {spelling for action in build_parser()._actions for spelling in action.option_strings}
+    for tool in [*(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "scripts" / "examples").glob("*.py")]:
+        known |= _flags_of_tool(tool)
+    known |= {"--nproc-per-node", "--nnodes", "--time", "--nodes"}
+    wrong = {}
+    for page in PAGES:
+        prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        named = {flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"(?<!\S)--[\w-]+", code)}
+        if named - known:
+            wrong[page.name] = sorted(named - known)
+    assert wrong == {}
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as code hosts make it."""
+    text = re.sub(r"[`*]", "", heading).strip().lower()
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", text))
+
+
+def _anchors(page: Path) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)}
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if re.match(r"https?://", target):
+                continue
+            path, _, anchor = target.partition("#")
+            aim = page if not path else (page.parent / path).resolve()
+            if not aim.exists() or (anchor and anchor not in _anchors(aim)):
+                broken.append(f"{page.name}: {target}")
+    assert broken == []
+
+
+def test_readme_table_of_presets_is_complete() -> None:
+    listed = re.findall(r"\(configs/(\w+)\.yaml\)", (REPOSITORY / "README.md").read_text())
+    assert sorted(set(listed)) == sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
+
+
+def test_nothing_names_a_path_of_one_machine() -> None:
+    for page in PAGES:
+        assert not re.search(r"(?<![\w.])/(work|root|home|tmp)/", page.read_text(encoding="utf-8")), page
