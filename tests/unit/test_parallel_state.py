@@ -205,7 +205,7 @@ def sums_over_groups(rank: int, world_size: int, sizes: dict[str, int]) -> dict[
     ("tp", "pp", "cp", "ep"), [sizes for sizes in product((1, 2), repeat=4) if 2 <= math.prod(sizes) <= 4]
 )
 def test_groups_communicate_among_exactly_their_ranks(pool: WorkerPool, tp: int, pp: int, cp: int, ep: int) -> None:
-    """Mutation: key the shared groups by the first group of a kind instead of by all of them."""
+    """Mutation: share groups between kinds that merely have as many of them."""
     sizes = {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
