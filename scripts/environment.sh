@@ -33,7 +33,7 @@ ensure_environment() {
         if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
             "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_VERSION" || return 1
         fi
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$REPO[$extras]" || return 1
+        "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e "$REPO[$extras]" || return 1
         echo "$wanted" > "$stamp"
     fi
     export PATH="$VENV/bin:$PATH"

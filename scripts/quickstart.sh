@@ -5,7 +5,8 @@
 # and lets the model write some Python. Everything lands in $RUN; run it again and it resumes.
 #   RUN=DIR     where the run lives (default: quickstart-run)
 #   PYTHON=, VENV=  the interpreter and the virtual environment (see scripts/environment.sh)
-# Further arguments go to pretrain_gpt.py: scripts/quickstart.sh --train-iters 1000
+# Further arguments go to pretrain_gpt.py; to train on with a longer schedule:
+#   scripts/quickstart.sh --train-iters 1000 --override-opt_param-scheduler
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 RUN="${RUN:-$REPO/quickstart-run}"
@@ -21,6 +22,9 @@ mkdir -p "$RUN"
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 RANKS=$((GPUS > 0 ? GPUS : 2))
 TENSOR_PARALLEL=$((GPUS > 0 ? (GPUS % 2 == 0 ? 2 : 1) : 2))
+# Without this torchrun gives each process one thread, and says so at length.
+CORES=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))}"
 echo "torch $(python -c 'import torch; print(torch.__version__)'), $RANKS processes, tensor parallel $TENSOR_PARALLEL, results in $RUN"
 
 step 2 "Corpus: the Python standard library"
@@ -52,7 +56,7 @@ python tools/generate.py --load "$RUN/checkpoints" --prompt "def " --max-new-tok
 cat <<END
 
 Done. What to try next:
-  train longer               scripts/quickstart.sh --train-iters 1000
+  train longer               scripts/quickstart.sh --train-iters 1000 --override-opt_param-scheduler
   look at the curves         $VENV/bin/tensorboard --logdir $RUN/tensorboard   (or open $RUN/loss.png)
   write from your prompt     $VENV/bin/python tools/generate.py --load $RUN/checkpoints --prompt "class "
   plan a cluster run         $VENV/bin/python pretrain_gpt.py --dry-run --world-size 1024 --config configs/llama3_70b.yaml

@@ -126,6 +126,12 @@ class MegatronOptimizer:
             self.grad_scaler.update(found_inf)
         return StepResult(norm, found_inf, num_zeros)
 
+    @torch.no_grad()
+    def params_norm(self) -> Tensor:
+        """Global L2 norm of all parameters, a float64 scalar on the device. Collective over the world."""
+        counted = [local(parameter) for name, parameter in self.named_parameters.items() if name in self._counted]
+        return global_grad_statistics(counted, self.device)[0]
+
     def _gradient_divisor(self, unscaled_norm: Tensor) -> Tensor | None:
         """What gradients are divided by (float64 scalar): loss scale, times norm / clip_grad where that is above 1."""
         if self.config.clip_grad == 0.0:

@@ -1,5 +1,6 @@
 """pretrain_gpt.py from the command line: layouts agree, killed runs continue, runs stop when told to."""
 
+import itertools
 import json
 import random
 import re
@@ -99,13 +100,8 @@ def test_log_line_and_files(tmp_path):
     """The log line keeps the fields that Megatron's parsers look for; metrics and TensorBoard files are written."""
     output = pretrain(
         *(1, *TINY, "--train-iters", "4", "--log-throughput", "--eval-interval", "2", "--log-params-norm"),
-        *(
-            "--log-num-zeros-in-grad",
-            "--metrics-jsonl",
-            str(tmp_path / "m.jsonl"),
-            "--tensorboard-dir",
-            str(tmp_path / "tb"),
-        ),
+        *("--log-num-zeros-in-grad", "--tensorboard-dir", str(tmp_path / "tb")),
+        *("--metrics-jsonl", str(tmp_path / "m.jsonl")),
     )
     pattern = (
         r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+\] iteration        4/       4 \| consumed samples:           32 \| "
@@ -153,15 +149,18 @@ def test_modes_train(tmp_path, mode):
         "ramp-up": ["--rampup-batch-size", "2", "2", "60"],
         "samples": [],
     }[mode]
-    length = ["--train-samples", "240"] if mode == "samples" else ["--train-iters", "30"]
+    length = ["--train-samples", "240"] if mode in ("samples", "ramp-up") else ["--train-iters", "30"]
     path = tmp_path / "m.jsonl"
     pretrain(1, *TINY, *length, *flags, "--metrics-jsonl", str(path))
     metrics = training_metrics(path, "lm_loss", "consumed_samples")
-    assert len(metrics) == 30
     assert metrics[-1][1] < metrics[0][1] - 0.1
+    assert metrics[-1][2] <= 240
     if mode == "ramp-up":
-        assert metrics[0][2] == 2
-        assert metrics[-1][2] < 240
+        steps = [later[2] - earlier[2] for earlier, later in itertools.pairwise(metrics)]
+        assert (metrics[0][2], steps[-1]) == (2, 8)
+        assert steps == sorted(steps)
+    else:
+        assert len(metrics) == 30
 
 
 def _seconds(action) -> float:
