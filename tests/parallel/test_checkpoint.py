@@ -1,8 +1,8 @@
 """Checkpoints between layouts: every number arrives where it belongs, runs continue, and failures are everybody's.
 
-Mutations that each make a test here fail (tried by hand): gate and up rows not interleaved; offsets of a shard computed
-FSDP first; moments loaded without their parameter's placements; the dropout streams not restored; a failure of one
-rank not told to the others; the comparison of replicas dropped, or made over the wrong group.
+Mutations that each make a test here fail (tried by hand): moments saved without their parameter's placements; gate and
+up rows not interleaved; the dropout streams not restored; a failure of one rank not told to the others; the comparison
+of replicas dropped, or made over the wrong group.
 """
 
 import os
@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from megatron_lite import parallel_state
+from megatron_lite.arguments import RunConfig
 from megatron_lite.checkpoint import (
     CheckpointError,
     checkpointing,
@@ -28,9 +29,13 @@ from megatron_lite.checkpoint import (
     verify_replicas,
 )
 from megatron_lite.distributed import DistributedDataParallelConfig
+from megatron_lite.inference.generate import generate
+from megatron_lite.inference.load_model import load_model
+from megatron_lite.inference.sampling import SamplingConfig
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron_lite.tokenizers import TokenizerConfig
 from megatron_lite.training.setup import build_model
 from megatron_lite.training.step import train_step
 from tests.parallel.layouts import SEED, SEQUENCE, VOCABULARY, Layout, gpt_config, micro_batches, transformer_config
@@ -185,13 +190,17 @@ def test_the_stored_values_do_not_depend_on_the_layout(saved: list[str]) -> None
 def train(model: nn.Module, optimizer: MegatronOptimizer, layout: Layout, steps: range) -> list[tuple[float, float]]:
     """(loss, norm) of each step."""
     results = []
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    assert tp_group is not None
+    assert dp_cp_group is not None
     for step in steps:
         output = train_step(
             model,
             optimizer,
             micro_batches(layout, step, parallel_state.get_data_parallel_rank()),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            tp_group=tp_group,
+            dp_cp_group=dp_cp_group,
         )
         results.append((output.loss.item(), output.grad_norm.item()))
     return results
@@ -230,6 +239,50 @@ def test_a_run_moved_to_another_layout_continues_to_rounding(
     expected, _ = pool.run(run_and_save, source, root, 0.0, world_size=source.world_size)[0]
     found, _ = pool.run(load_and_run, target, root, 0.0, world_size=target.world_size)[0]
     assert found == [pytest.approx(numbers, rel=1e-9) for numbers in expected]
+
+
+def load_weights_and_step_by_zero(rank: int, world_size: int, layout: Layout, root: str) -> bool:
+    """Whether the weights of the file survive a step that should change nothing."""
+    model, optimizer = build(layout)
+    train(model, optimizer, layout, range(2))
+    assert load_checkpoint(root, model, optimizer, finetune=True) is not None
+    loaded = [local(p.detach()).clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, layout, range(2, 3))
+    return all(torch.equal(local(p.detach()), weight) for p, weight in zip(model.parameters(), loaded, strict=True))
+
+
+def test_no_stale_master_overwrites_loaded_weights(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(run_and_save, LAYOUTS[1], str(tmp_path), 0.0, world_size=2)
+    layout = Layout(dp=2, strategy="optim", **MODEL)
+    assert pool.run(load_weights_and_step_by_zero, layout, str(tmp_path), world_size=2) == [True, True]
+
+
+def save_with_settings(rank: int, world_size: int, root: str) -> None:
+    layout = Layout(tp=2, sp=True, dp=2, strategy="optim", swiglu=True, positions="rope")
+    model, optimizer = build(layout)
+    run = RunConfig(
+        transformer=transformer_config(layout),
+        gpt=gpt_config(layout),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY - 1),
+    )
+    save_checkpoint(root, 1, model, optimizer, {}, config_dict=run.to_dict())
+
+
+def write(rank: int, world_size: int, root: str) -> Tensor:
+    """Tokens written by a model split over all ranks."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    model = load_model(root, tensor_model_parallel_size=world_size).model
+    return generate(model, torch.tensor([[3, 1, 4]]), 10, SamplingConfig(temperature=0.5))
+
+
+def test_a_run_of_four_ranks_writes_the_same_text_on_one_and_on_two(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(save_with_settings, str(tmp_path), world_size=4)
+    one = generate(load_model(tmp_path).model, torch.tensor([[3, 1, 4]]), 10, SamplingConfig(temperature=0.5))
+    assert one.shape == (1, 13)
+    for tokens in pool.run(write, str(tmp_path), world_size=2):
+        assert torch.equal(tokens, one)
 
 
 def save_with_a_failure(rank: int, world_size: int, root: str, where: str) -> str:

@@ -24,6 +24,7 @@ from megatron_lite.checkpoint import (
     read_tracker,
     save_checkpoint,
 )
+from megatron_lite.checkpoint.safe_reader import read_metadata, tensor_shapes
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from tests.unit.checkpoint.tiny import TinyModel, TinyOptimizer, equal, fill, snapshot
 
@@ -84,6 +85,13 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     save(tmp_path, 1, 0.0)
     _, model, _ = load(tmp_path)
     assert model.output.weight is model.embedding.weight
+    stored = tensor_shapes(read_metadata(tmp_path / "iter_0000001"))
+    assert [name for name in stored if name.startswith("model.")] == [
+        "model.counts",
+        "model.embedding.weight",
+        "model.norm.weight",
+        "model.norm.bias",
+    ]
 
 
 def test_every_random_stream_continues(tmp_path: Path) -> None:
