@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import runpy
 import shlex
 import string
 import subprocess
@@ -23,11 +24,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
+from megatron_lite import parallel_state
 from megatron_lite.arguments import parse_args, read_settings
 from megatron_lite.arguments.command_line import build_parser
 from megatron_lite.dry_run import dry_run
+from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.transformer.transformer_layer import TransformerLayer
 from tests.e2e.commands import REPOSITORY, environment
+from tests.parallel.pool import WorkerPool
 
 pytestmark = pytest.mark.e2e
 
@@ -105,7 +111,7 @@ BLOCKS = [block for page in PAGES if page.exists() for block in blocks_of(page)]
 def in_mode(*modes: str) -> pytest.MarkDecorator:
     """Each distinct text once, under the name of its first place."""
     first = {block.text: block for block in reversed(BLOCKS) if block.mode in modes}
-    chosen = sorted(first.values(), key=lambda block: block.name)
+    chosen = sorted(first.values(), key=lambda block: (str(block.page), block.line))
     return pytest.mark.parametrize("block", chosen, ids=[block.name for block in chosen])
 
 
@@ -218,7 +224,8 @@ def _check_batch_script(script: Path, given: list[str]) -> None:
     command = next(line for line in text.splitlines() if " pretrain_gpt.py " in line)
     known = {"CONFIG": config, "RUN": "runs/x", "DATA_PATH": "data/x", "TOKENIZER_MODEL": "data/t", "HEAD_NODE": "n"}
     known |= {"SLURM_NNODES": "4", "SLURM_JOB_ID": "1"}
-    filled = string.Template(command.replace('"$@"', shlex.join(given))).substitute(known)
+    with_defaults = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command.replace('"$@"', shlex.join(given)))
+    filled = string.Template(with_defaults).substitute(known)
     found = program_of(shlex.split(filled))
     assert found is not None
     parse_args([*found[1], "--dry-run", "--world-size", str(4 * 8)])
@@ -283,6 +290,38 @@ def test_links_lead_somewhere() -> None:
 def test_readme_table_of_presets_is_complete() -> None:
     listed = re.findall(r"\(configs/(\w+)\.yaml\)", (REPOSITORY / "README.md").read_text())
     assert sorted(set(listed)) == sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
+
+
+def collectives_of_a_layer(rank: int, world_size: int, sequence_parallel: bool) -> tuple[list[str], list[str]]:
+    listener = runpy.run_path(str(REPOSITORY / "scripts" / "examples" / "sequence_parallel.py"))["Listener"]
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        tensor_model_parallel_size=world_size,
+        sequence_parallel=sequence_parallel,
+    )
+    layer = TransformerLayer(config)
+    x = torch.randn(4 // world_size if sequence_parallel else 4, 1, 8, requires_grad=True)
+    with listener() as forward:
+        output = layer(x)
+    with listener() as backward:
+        output.sum().backward()
+    return sorted(forward.heard), sorted(backward.heard)
+
+
+def test_table_of_communication(pool: WorkerPool) -> None:
+    """The collectives that docs/tensor_parallel.md counts for a layer are those that run."""
+    tensor, sequence = (pool.run(collectives_of_a_layer, split, world_size=2)[0] for split in (False, True))
+    assert tensor == (["all-reduce"] * 2, ["all-reduce"] * 2)
+    assert sequence == (["all-gather"] * 2 + ["reduce-scatter"] * 2, ["all-gather"] * 4 + ["reduce-scatter"] * 2)
+    page = (REPOSITORY / "docs" / "tensor_parallel.md").read_text(encoding="utf-8")
+    rows = {
+        row[0]: row[1:] for row in re.findall(r"^\| (TP|TP \+ SP) \| (\d[^:]*): [^|]*\| (\d[^:]*):", page, re.MULTILINE)
+    }
+    assert rows["TP"] == ("2 all-reduces", "2 all-reduces")
+    assert rows["TP + SP"] == ("2 all-gathers, 2 reduce-scatters", "4 all-gathers, 2 reduce-scatters")
 
 
 def test_nothing_names_a_path_of_one_machine() -> None:
