@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_lite import parallel_state
+from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
+
 MAX_WORKERS = 8
 DEFAULT_TIMEOUT_S = 120.0
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -38,6 +41,14 @@ class _Job(NamedTuple):
     world_size: int
     number: int
     timeout_s: float
+
+
+class _Failure(NamedTuple):
+    """What went wrong; the earliest is the cause, the others mostly lost their connection to that rank."""
+
+    when: float
+    rank: int
+    traceback: str
 
 
 class _Worker(NamedTuple):
@@ -108,7 +119,7 @@ class WorkerPool:
 
     def _collect(self, name: str, workers: list[_Worker], timeout_s: float) -> list[Any]:
         results: list[Any] = [None] * len(workers)
-        failures: list[tuple[int, str]] = []
+        failures: list[_Failure] = []
         pending = {worker.connection: rank for rank, worker in enumerate(workers)}
         deadline = time.monotonic() + timeout_s
         while pending:
@@ -119,23 +130,25 @@ class WorkerPool:
                 assert isinstance(connection, Connection)
                 rank = pending.pop(connection)
                 try:
-                    failed, value = pickle.loads(connection.recv_bytes())
+                    answer = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
-                    failed, value = True, f"the process died with exit code {workers[rank].process.exitcode}"
-                if failed:
-                    failures.append((rank, value))
+                    answer = _Failure(0.0, rank, f"the process died with exit code {workers[rank].process.exitcode}")
+                if isinstance(answer, _Failure):
+                    failures.append(answer)
                     # The others fail on their next collective with this rank; they need not be waited for long.
                     deadline = min(deadline, time.monotonic() + 10.0)
                 else:
-                    results[rank] = value
+                    results[rank] = answer
         if pending:
             self._show_and_kill([workers[rank] for rank in pending.values()])
         elif any(not worker.process.is_alive() for worker in workers):
             self._kill()
         if failures:
-            first_rank, text = failures[0]
-            ranks = sorted(rank for rank, _ in failures)
-            raise WorkerError(f"{name} failed on ranks {ranks} of {len(workers)}; first on rank {first_rank}:\n{text}")
+            first = min(failures)
+            ranks = sorted(failure.rank for failure in failures)
+            raise WorkerError(
+                f"{name} failed on ranks {ranks} of {len(workers)}; first on rank {first.rank}:\n{first.traceback}"
+            )
         if pending:
             raise TimeoutError(
                 f"{name}: ranks {sorted(pending.values())} of {len(workers)} hung for {timeout_s:.0f} s."
@@ -168,27 +181,26 @@ def _serve(connection: Connection, port: int) -> None:
         except EOFError:
             return
         sys.path[:] = path
-        try:
-            answer = pickle.dumps((False, _execute(pickle.loads(job), store)))
-        except BaseException:  # whatever it is, the test that asked must see it
-            answer = pickle.dumps((True, traceback.format_exc()))
-        connection.send_bytes(answer)
+        connection.send_bytes(_execute(job, store))
 
 
-def _execute(job: _Job, store: dist.Store) -> Any:
-    from megatron_lite import parallel_state
-    from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
-
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore(f"job{job.number}", store),
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=timedelta(seconds=job.timeout_s),
-    )
-    torch.manual_seed(0)
+def _execute(pickled_job: bytes, store: dist.Store) -> bytes:
+    """The pickled result of a job, or its _Failure."""
+    rank = -1
     try:
-        return job.function(job.rank, job.world_size, *job.arguments)
+        job: _Job = pickle.loads(pickled_job)
+        rank = job.rank
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"job{job.number}", store),
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=timedelta(seconds=job.timeout_s),
+        )
+        torch.manual_seed(0)
+        return pickle.dumps(job.function(job.rank, job.world_size, *job.arguments))
+    except BaseException:  # whatever it is, the test that asked must see it
+        return pickle.dumps(_Failure(time.monotonic(), rank, traceback.format_exc()))
     finally:
         parallel_state.destroy_model_parallel()
         get_cuda_rng_tracker().reset()
