@@ -68,6 +68,12 @@ def test_the_cases_are_what_their_names_say(folder, monkeypatch):
     assert plan("last epoch apart").separate_final_epoch
 
 
+def test_a_last_epoch_is_apart_below_four_fifths():
+    """1,001 tokens are 100 samples of 10; the second epoch gives what is above 100."""
+    assert plan_samples(1001, 179, 10, True, True) == (2, 200, 100)
+    assert plan_samples(1001, 180, 10, True, True) == (2, 200, 200)
+
+
 def walk(lengths, document_index, sequence_length, num_samples, extra):
     """Where samples begin, found by walking the stream a document at a time."""
     rows, document, offset = [(0, 0)], 0, 0
@@ -260,6 +266,21 @@ class TestCache:
         for old, new in zip(stale, fresh, strict=True):
             assert np.array_equal(old.sample_index, new.sample_index)
             assert np.array_equal(old.document_index, new.document_index)
+
+    def test_one_token_more_is_noticed(self, tmp_path, monkeypatch):
+        """The number of samples stays the same, so only the lengths of the documents tell."""
+        monkeypatch.chdir(tmp_path)
+        corpora.write_corpora()
+        before = build(self.CASE)[0]
+        documents = [list(tokens) for tokens in before.dataset[:]]
+        documents[0].append(1)
+        builder = IndexedDatasetBuilder("a.bin", np.uint16)
+        for tokens in documents:
+            builder.add_document(tokens, [len(tokens)])
+        builder.finalize("a.idx")
+        stale, fresh = build(self.CASE)[0], build(self.CASE, "another_cache")[0]
+        assert len(stale) == len(before)
+        assert np.array_equal(stale.sample_index, fresh.sample_index)
 
     def test_pickles_are_not_read(self, folder, monkeypatch, tmp_path):
         monkeypatch.chdir(folder)

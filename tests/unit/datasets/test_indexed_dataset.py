@@ -52,6 +52,23 @@ def test_every_byte_of_a_small_pair(prefix):
     assert Path(prefix + ".idx").read_bytes() == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [
+        ("uint8", 1),
+        ("int8", 2),
+        ("int16", 3),
+        ("int32", 4),
+        ("int64", 5),
+        ("float64", 6),
+        ("float32", 7),
+        ("uint16", 8),
+    ],
+)
+def test_codes_of_token_types(tmp_path, dtype, code):
+    assert Path(build(tmp_path / "data", [[1]], dtype) + ".idx").read_bytes()[17] == code
+
+
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.float32, np.float64, np.uint16])
 def test_round_trip(tmp_path, dtype, mmap):
