@@ -32,7 +32,7 @@ def pretrain(config: RunConfig) -> None:
     from megatron_lite.training import setup
     from megatron_lite.training.checkpointing import load
     from megatron_lite.training.initialize import announce, distributed_environment
-    from megatron_lite.training.train import evaluate_and_log, finish, train
+    from megatron_lite.training.train import evaluate_at_end, finish, train
 
     with distributed_environment(config) as device:
         announce(config, device)
@@ -45,8 +45,7 @@ def pretrain(config: RunConfig) -> None:
         try:
             stopped_early = not config.validation.skip_train and train(run)
             if not stopped_early:
-                evaluate_and_log(run, f"iteration {progress.iteration} on validation set")
-                evaluate_and_log(run, f"iteration {progress.iteration} on test set", split="test")
+                evaluate_at_end(run)
         finally:
             finish(run)
 

@@ -47,8 +47,8 @@ def draw(
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     axes.plot([e["iteration"] for e in training], [e["lm_loss"] for e in training], lw=1, label="training")
     if validation:
-        iterations, losses = [e["iteration"] for e in validation], [e["validation_loss"] for e in validation]
-        axes.plot(iterations, losses, "o-", ms=4, label="held out")
+        held_out = {e["iteration"]: e["validation_loss"] for e in validation}
+        axes.plot(list(held_out), list(held_out.values()), "o-", ms=4, label="held out")
     if entropy is not None:
         axes.axhline(entropy, ls="--", lw=1, color="gray", label=f"unigram entropy {entropy:.2f}")
     axes.set_xlabel("iteration")

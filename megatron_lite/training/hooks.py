@@ -90,9 +90,7 @@ class Profiler(Hook):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"profile_rank{self.rank}.json"
             self._profile.export_chrome_trace(str(path))
-            print(
-                f"profile of rank {self.rank}: {path} (open it in chrome://tracing or Perfetto)", flush=True
-            )
+            print(f"profile of rank {self.rank}: {path} (open it in chrome://tracing or Perfetto)", flush=True)
             self._profile = None
         elif torch.cuda.is_available() and self.config.profile and not self.config.use_pytorch_profiler:
             torch.cuda.cudart().cudaProfilerStop()

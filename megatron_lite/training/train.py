@@ -55,6 +55,8 @@ def train(run: Run) -> bool:
         Whether training stopped before its last iteration.
     """
     config, progress = run.config, run.progress
+    if progress.iteration >= run.total_iterations:
+        print_rank_last(f"all {run.total_iterations} iterations are done; raise --train-iters to train on")
     run.model.train()
     run.metrics.restart_clock()
     saved_at = progress.iteration
@@ -201,7 +203,13 @@ def evaluation_has_begun(run: Run) -> bool:
     return start is None or run.progress.iteration >= start
 
 
-def evaluate_and_log(run: Run, where: str, split: str = "validation") -> None:
+def evaluate_at_end(run: Run) -> None:
+    """Evaluate on both held-out splits once training is complete."""
+    evaluate_and_log(run, f"iteration {run.progress.iteration} on validation set", final=True)
+    evaluate_and_log(run, f"iteration {run.progress.iteration} on test set", split="test", final=True)
+
+
+def evaluate_and_log(run: Run, where: str, split: str = "validation", final: bool = False) -> None:
     """Evaluate on the validation or test split and report in Megatron's words; nothing happens without data."""
     stream = run.valid_stream if split == "validation" else run.test_stream
     iterations = run.config.validation.eval_iters
@@ -223,7 +231,7 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation") -> None:
     perplexity = math.exp(min(20.0, loss))
     line = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
     print_rank_last(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
-    run.writers.validation(run.progress.iteration, run.progress.consumed_train_samples, loss, split)
+    run.writers.validation(run.progress.iteration, run.progress.consumed_train_samples, loss, split, final)
     for hook in run.hooks:
         hook.around_evaluation()
     run.metrics.restart_clock()

@@ -88,10 +88,11 @@ class JsonLines:
 
 
 def _iteration_of(line: str) -> float:
-    """The iteration a line belongs to; a line cut short by a kill belongs to none and is dropped."""
+    """The iteration a line belongs to; a closing evaluation, or a line cut short by a kill, comes after all of them."""
     try:
-        return float(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
+        entry = json.loads(line)
+        return math.inf if entry.get("final") else float(entry["iteration"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return math.inf
 
 
@@ -122,12 +123,14 @@ class Writers:
             if record.iteration % self.config.tensorboard_log_interval == 0:
                 self._scalars(self._tags(record, world_size), record.iteration, record.consumed_samples)
 
-    def validation(self, iteration: int, consumed_samples: int, loss: float, split: str = "validation") -> None:
-        """Write one evaluation: the mean loss per token over the held-out batches."""
+    def validation(
+        self, iteration: int, consumed_samples: int, loss: float, split: str = "validation", final: bool = False
+    ) -> None:
+        """Write one evaluation: the mean loss per token over the held-out batches; `final` closes the run."""
         perplexity = math.exp(min(20.0, loss))
         if self._json:
             entry = {"iteration": iteration, "consumed_samples": consumed_samples, f"{split}_loss": loss}
-            self._json.write([{**entry, f"{split}_ppl": perplexity}])
+            self._json.write([{**entry, f"{split}_ppl": perplexity, **({"final": True} if final else {})}])
         tags = {f"lm loss {split}": loss}
         if self.config.log_validation_ppl_to_tensorboard:
             tags[f"lm loss {split} ppl"] = perplexity

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -70,23 +72,22 @@ def pretrain(processes: int, *arguments: str, expect: int | None = 0) -> str:
     return run(pretrain_command(processes, list(arguments)), expect=expect)
 
 
-def pretrain_for(seconds: float, processes: int, *arguments: str, number: int = signal.SIGKILL) -> bool:
-    """Start pretrain_gpt.py, and signal the whole of it after so many seconds. Returns whether it was still running."""
-    command = pretrain_command(processes, list(arguments))
+def pretrain_until(condition: Callable[[], bool], processes: int, *arguments: str) -> bool:
+    """Start pretrain_gpt.py and kill all of it, with SIGKILL, once `condition` holds. Returns whether it had to die."""
     with subprocess.Popen(
-        command,
+        pretrain_command(processes, list(arguments)),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, number)
-            process.wait(timeout=60)
-            return True
+        while process.poll() is None:
+            if condition():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(timeout=60)
+                return True
+            time.sleep(0.002)
         return False
 
 

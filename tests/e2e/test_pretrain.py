@@ -9,7 +9,15 @@ import time
 
 import pytest
 
-from tests.e2e.commands import REPOSITORY, TINY, environment, pretrain, pretrain_command, pretrain_for, training_metrics
+from tests.e2e.commands import (
+    REPOSITORY,
+    TINY,
+    environment,
+    pretrain,
+    pretrain_command,
+    pretrain_until,
+    training_metrics,
+)
 
 pytestmark = pytest.mark.e2e
 NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
@@ -37,21 +45,26 @@ def test_killed_runs_resume_bit_for_bit(tmp_path):
 
     Mutation: not saving the random number streams, or the position in the data, changes the metrics.
     """
-    arguments = [*TINY, "--train-iters", "40", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+    arguments = [*TINY, "--train-iters", "150", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
     arguments += ["--lr-warmup-iters", "5", "--lr-decay-style", "cosine", "--eval-interval", "10"]
     pretrain(1, *arguments, "--metrics-jsonl", str(tmp_path / "whole.jsonl"))
 
     saving = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt"), "--save-interval", "2"]
     saving += ["--metrics-jsonl", str(tmp_path / "killed.jsonl"), "--keep-last-checkpoints", "3"]
     chance = random.Random(2024)
-    start_up = _seconds(lambda: pretrain(1, *arguments, *saving, "--exit-interval", "2"))
-    kills = 0
-    while kills < 10:
-        if not pretrain_for(chance.uniform(0.5, 1.2) * start_up, 1, *arguments, *saving):
-            break
-        kills += 1
+    for kill in range(10):
+        deadly = _iteration(tmp_path / "ckpt") + chance.randrange(12)
+        delay = chance.uniform(0.0, 0.1)
+
+        def dies(deadly=deadly, delay=delay) -> bool:
+            if _iteration(tmp_path / "ckpt") < deadly:
+                return False
+            time.sleep(delay)
+            return True
+
+        assert pretrain_until(dies, 1, *arguments, *saving), f"the run was over before kill {kill}"
+    assert _iteration(tmp_path / "ckpt") < 150
     pretrain(1, *arguments, *saving)
-    assert kills == 10, f"the run was over after {kills} kills"
     whole, killed = (training_metrics(tmp_path / name, *NUMBERS) for name in ("whole.jsonl", "killed.jsonl"))
     assert killed == whole
     assert _validation(tmp_path / "killed.jsonl") == _validation(tmp_path / "whole.jsonl")
@@ -163,10 +176,10 @@ def test_modes_train(tmp_path, mode):
         assert len(metrics) == 30
 
 
-def _seconds(action) -> float:
-    begin = time.monotonic()
-    action()
-    return time.monotonic() - begin
+def _iteration(folder) -> int:
+    """What the tracker says; 0 without one."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
 
 
 def _validation(path) -> list[tuple[int, float]]:

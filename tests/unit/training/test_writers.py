@@ -21,6 +21,7 @@ def test_resume_drops_what_will_be_run_again(tmp_path):
     path = str(tmp_path / "folder" / "metrics.jsonl")
     first = JsonLines(path, 1)
     first.write([record(n, 1.0).as_json() for n in range(1, 6)])
+    first.write([{"iteration": 3, "validation_loss": 1.5, "final": True}])  # a shorter run ended here
     first.close()
     with open(path, "a") as file:
         file.write('{"iteration": 6, "lm_lo')  # the kill came in the middle of a line
