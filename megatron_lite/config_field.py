@@ -92,7 +92,7 @@ class Validated:
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get("_frozen", False):
             raise ConfigError(
-                f"{type(self).__name__}.{name} cannot be set to {value!r}: the configuration is frozen once it has been "
-                "validated; use dataclasses.replace to make a changed copy."
+                f"{type(self).__name__}.{name} cannot be set to {value!r}: a configuration is frozen once validated; "
+                "use dataclasses.replace to make a changed copy."
             )
         object.__setattr__(self, name, value)

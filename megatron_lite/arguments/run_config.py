@@ -84,6 +84,12 @@ class RunConfig(Validated):
         asked = self.training.global_batch_size
         return asked if asked is not None else (self.training.micro_batch_size or 1) * self.data_parallel_size
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sample, which validation asks for."""
+        assert self.data.seq_length is not None, "seq_length is not set; validate the configuration first"
+        return self.data.seq_length
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The groups as plain values (numbers, text, lists), for checkpoints and logs; functions are left out."""
         plain: dict[str, dict[str, Any]] = {}

@@ -196,6 +196,12 @@ def _features(run: RunConfig) -> Iterator[str]:
             "stores over tensor ranks, as sequence parallelism does already: write --recompute-granularity full and "
             "--tensor-model-parallel-size above 1 without --sequence-parallel, or leave it out."
         )
+    if run.training.compile and (sizes.attention_dropout or (sizes.hidden_dropout and sizes.sequence_parallel)):
+        yield (
+            f"compile is set with attention_dropout {sizes.attention_dropout} and hidden_dropout "
+            f"{sizes.hidden_dropout}, but a compiled layer cannot draw from the random stream of one tensor parallel "
+            "rank: leave out --compile, or the dropout (hidden dropout alone compiles without --sequence-parallel)."
+        )
     if sizes.transformer_impl == "transformer_engine":
         yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
     if sizes.hierarchical_context_parallel_sizes is not None:

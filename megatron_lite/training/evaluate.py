@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron_lite.distributed import reshard_parameters
 from megatron_lite.training.batches import MicroBatchStream
-from megatron_lite.training.step import micro_batch_losses
+from megatron_lite.training.step import micro_batch_losses, sum_over
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def evaluate(
     *,
     iterations: int,
     num_microbatches: int,
-    dp_cp_group: dist.ProcessGroup,
+    dp_cp_group: dist.ProcessGroup | None,
 ) -> float:
     """Mean loss over the valid tokens of `iterations` global batches.
 
@@ -33,6 +33,6 @@ def evaluate(
     reshard_parameters(model)
     model.train()
     assert totals is not None, "evaluate needs at least one iteration"
-    dist.all_reduce(totals, group=dp_cp_group)
+    sum_over(totals, dp_cp_group)
     total_loss, tokens = totals.tolist()
     return total_loss / max(tokens, 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_lite.distributed import finalize_model_grads, set_is_last_microbatch
 from megatron_lite.optimizer import MegatronOptimizer
+from megatron_lite.process_groups import group_size
 from megatron_lite.training.batches import MicroBatch
 
 
@@ -45,10 +46,16 @@ def micro_batch_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
     )
 
 
-def count_tokens(micro_batches: list[MicroBatch], group: dist.ProcessGroup) -> Tensor:
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Add up `tensor`, in place, over the ranks of a group; None stands for this process alone."""
+    if group_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+
+
+def count_tokens(micro_batches: list[MicroBatch], group: dist.ProcessGroup | None) -> Tensor:
     """Valid tokens of the global batch, at least 1: a float64 scalar on the device, equal on all ranks of `group`."""
     count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum()
-    dist.all_reduce(count, group=group)
+    sum_over(count, group)
     return count.clamp_(min=1.0)
 
 
@@ -75,8 +82,8 @@ def train_step(
     optimizer: MegatronOptimizer,
     micro_batches: list[MicroBatch],
     *,
-    tp_group: dist.ProcessGroup,
-    dp_cp_group: dist.ProcessGroup,
+    tp_group: dist.ProcessGroup | None,
+    dp_cp_group: dist.ProcessGroup | None,
     per_token_loss: bool = True,
 ) -> StepOutput:
     """Train on one global batch without waiting for the device.
@@ -95,7 +102,7 @@ def train_step(
     finalize_model_grads(model, tp_group)
     loss_scale = optimizer.get_loss_scale().clone()
     result = optimizer.step()
-    dist.all_reduce(loss, group=dp_cp_group)
+    sum_over(loss, dp_cp_group)
     return StepOutput(loss / total_tokens, result.grad_norm, result.found_inf, result.num_zeros, loss_scale)
 
 
@@ -104,13 +111,13 @@ def forward_backward(
     optimizer: MegatronOptimizer,
     micro_batches: list[MicroBatch],
     *,
-    dp_cp_group: dist.ProcessGroup,
+    dp_cp_group: dist.ProcessGroup | None,
     per_token_loss: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the global batch into the model; returns (this rank's summed loss, valid tokens of all ranks)."""
     optimizer.zero_grad()
     total_tokens = count_tokens(micro_batches, dp_cp_group)
-    weights = loss_weights(micro_batches, total_tokens, dist.get_world_size(dp_cp_group), per_token_loss)
+    weights = loss_weights(micro_batches, total_tokens, group_size(dp_cp_group), per_token_loss)
     loss = torch.zeros_like(total_tokens)
     for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
         set_is_last_microbatch(model, number == len(micro_batches))

@@ -42,6 +42,8 @@ class SharedGroupProjection(MegatronModule):
     """
 
     config: TransformerConfig
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, config: TransformerConfig, group: ProcessGroup | None) -> None:
         super().__init__(config)

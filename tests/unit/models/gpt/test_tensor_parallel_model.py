@@ -102,13 +102,19 @@ def test_recomputation(pool: WorkerPool, granularity: str, sequence_parallel: bo
     pool.run(_train_once, "gpt2 with qk-norm", sequence_parallel, granularity, world_size=2)
 
 
-def _compiled(rank: int, world_size: int, sequence_parallel: bool, kinds: list[str], backend: str) -> None:
+def _compiled(
+    rank: int, world_size: int, sequence_parallel: bool, kinds: list[str], backend: str, settings: dict[str, Any]
+) -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     for kind in kinds:
         gradients = []
         for compiled in (False, True):
             model = build(
-                kind, num_layers=1, tensor_model_parallel_size=world_size, sequence_parallel=sequence_parallel
+                kind,
+                num_layers=1,
+                tensor_model_parallel_size=world_size,
+                sequence_parallel=sequence_parallel,
+                **settings,
             )
             if compiled:
                 torch.compiler.reset()
@@ -124,11 +130,16 @@ def _compiled(rank: int, world_size: int, sequence_parallel: bool, kinds: list[s
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_layers_trace_to_one_graph(pool: WorkerPool, tp: int, sequence_parallel: bool) -> None:
     """fullgraph=True raises at any break of the graph, also one at a collective."""
-    pool.run(_compiled, sequence_parallel, list(MODELS), "aot_eager", world_size=tp)
+    pool.run(_compiled, sequence_parallel, list(MODELS), "aot_eager", {}, world_size=tp)
 
 
 def test_a_layer_compiles_with_its_collectives(pool: WorkerPool) -> None:
-    pool.run(_compiled, True, ["gated, biases, untied, grouped"], "inductor", world_size=2, timeout_s=400.0)
+    pool.run(_compiled, True, ["gated, biases, untied, grouped"], "inductor", {}, world_size=2, timeout_s=400.0)
+
+
+def test_a_compiled_layer_recomputes(pool: WorkerPool) -> None:
+    selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]}
+    pool.run(_compiled, True, ["gpt2 with qk-norm"], "aot_eager", selective, world_size=2)
 
 
 def _dropout(rank: int, world_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
