@@ -74,6 +74,8 @@ def _required(run: RunConfig) -> Iterator[str]:
             f"tokenizer_type is {run.tokenizer.tokenizer_type}, which means GPT2BPETokenizer, but its files are not "
             "named: write --vocab-file and --merge-file, or choose another --tokenizer-type."
         )
+    if run.tokenizer.lacks_model:
+        yield f"tokenizer_type is {run.tokenizer.tokenizer_type}, which needs --tokenizer-model FILE or FOLDER."
     data = run.data
     sources = (data.data_path, data.data_args_path, data.per_split_data_args_path, data.train_data_path)
     if not data.mock_data and not any(sources):
@@ -201,6 +203,11 @@ def _features(run: RunConfig) -> Iterator[str]:
             f"compile is set with attention_dropout {sizes.attention_dropout} and hidden_dropout "
             f"{sizes.hidden_dropout}, but a compiled layer cannot draw from the random stream of one tensor parallel "
             "rank: leave out --compile, or the dropout (hidden dropout alone compiles without --sequence-parallel)."
+        )
+    if run.training.compile and granularity == "selective":
+        yield (
+            "compile is set with recompute_granularity selective, but torch cannot recompute a part of a compiled "
+            "layer whose weights are DTensors: write --recompute-granularity full, or leave out --compile."
         )
     if sizes.transformer_impl == "transformer_engine":
         yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."

@@ -166,9 +166,6 @@ def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool,
     Raises:
         ConfigError: the first argument cannot be split.
     """
-    if torch.compiler.is_compiling():
-        # A graph cannot fork a tracker stream, so there is none to rewind; the compiler keeps the default stream itself.
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
     states = _tracker.get_states()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

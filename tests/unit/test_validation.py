@@ -72,6 +72,12 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (1, {"fp32_residual_connection": None}, ["fp32_residual_connection", "--bf16"]),
     (1, {"recompute_granularity": "full"}, ["recompute_granularity is full", "--recompute-method", "uniform"]),
     (1, {"recompute_num_layers": "1"}, ["recompute_num_layers", "--recompute-granularity full", "leave"]),
+    (1, {"compile": None, "attention_dropout": "0.1"}, ["compile is set with attention_dropout 0.1", "leave out"]),
+    (
+        1,
+        {"compile": None, "recompute_granularity": "selective"},
+        ["is set with recompute_granularity selective", "full"],
+    ),
     (1, {"distribute_saved_activations": None}, ["distribute_saved_activations", "full", "leave it out"]),
     (1, {"rampup_batch_size": "2 2 100", "global_batch_size": "4"}, ["[2, 2, 100]", "samples", "--train-samples N"]),
     (1, {"normalization": "BatchNorm"}, ["normalization is 'BatchNorm'", "one of", "RMSNorm"]),

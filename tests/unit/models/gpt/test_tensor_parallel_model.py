@@ -137,9 +137,9 @@ def test_a_layer_compiles_with_its_collectives(pool: WorkerPool) -> None:
     pool.run(_compiled, True, ["gated, biases, untied, grouped"], "inductor", {}, world_size=2, timeout_s=400.0)
 
 
-def test_a_compiled_layer_recomputes(pool: WorkerPool) -> None:
-    selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]}
-    pool.run(_compiled, True, ["gpt2 with qk-norm"], "aot_eager", selective, world_size=2)
+def test_compiled_layers_are_recomputed_whole(pool: WorkerPool) -> None:
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    pool.run(_compiled, True, ["gpt2 with qk-norm"], "aot_eager", full, world_size=2)
 
 
 def _dropout(rank: int, world_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
