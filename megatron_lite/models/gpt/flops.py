@@ -9,8 +9,8 @@ def num_floating_point_operations(
     """Operations of one forward and backward pass over `batch_size` sequences.
 
     Counted are the matrix products: 2 operations per multiply-add, backward twice the forward. Attention counts the
-    causal half of the scores, the output layer the padded vocabulary. As in Megatron-LM, not counted: norms, embeddings,
-    rotary positions, softmax, recomputation.
+    causal half of the scores, the output layer the padded vocabulary. As in Megatron-LM, norms, embeddings, rotary
+    positions, softmax and recomputation are not counted.
 
     Args:
         config: shape of the layers.
