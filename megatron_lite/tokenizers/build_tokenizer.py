@@ -20,6 +20,8 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizer:
     Raises:
         ConfigError: a file or package it needs is missing, or the settings do not fit together.
     """
+    if config.lacks_model:
+        raise ConfigError(f"tokenizer_type is {config.tokenizer_type}, which needs a tokenizer_model; name its file.")
     special_tokens = config.tokenizer_special_tokens
     match config.tokenizer_type or "GPT2BPETokenizer":
         case "GPT2BPETokenizer":

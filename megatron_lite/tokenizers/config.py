@@ -47,7 +47,9 @@ class TokenizerConfig(Validated):
         found = super().violations()
         if self.tokenizer_type == "NullTokenizer" and self.vocab_size is None:
             found.append("tokenizer_type is NullTokenizer, which has no vocabulary of its own; give --vocab-size.")
-        needs_model = TOKENIZER_TYPES[1:6]
-        if self.tokenizer_type in needs_model and self.tokenizer_model is None:
-            found.append(f"tokenizer_type is {self.tokenizer_type}, which needs --tokenizer-model.")
         return found
+
+    @property
+    def lacks_model(self) -> bool:
+        """Whether the tokenizer is one that is read from a file or folder, and none is named."""
+        return self.tokenizer_type in TOKENIZER_TYPES[1:6] and self.tokenizer_model is None

@@ -36,8 +36,8 @@ WORLDS = {"quickstart": 2, "gpt2_124m": 1, "gpt3_175b": 1024, "llama3_8b": 8, "l
 def load(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> RunConfig:
     """The run a preset describes, on the number of ranks it is meant for."""
     monkeypatch.setenv("WORLD_SIZE", str(WORLDS[name]))
-    mock = ["--mock-data"] if name == "quickstart" else []
-    return parse_args(["--config", str(CONFIGS / f"{name}.yaml"), *mock, *words])
+    data = ["--mock-data", "--tokenizer-type", "NullTokenizer"]
+    return parse_args(["--config", str(CONFIGS / f"{name}.yaml"), *data, *words])
 
 
 def build_whole_model(run: RunConfig) -> GPTModel:
