@@ -1,6 +1,7 @@
 # Sourced by quickstart.sh and test.sh: leaves a virtual environment with megatron_lite in $VENV.
 #   PYTHON=  the interpreter to build it with (3.11 or 3.12; the first one found otherwise)
-#   VENV=    where it lives (default: .venv in the repository); reused when it is up to date
+#   VENV=    where it lives (default: .venv in the repository); reused when it is up to date.
+#            VENV=active takes the Python on the PATH as it is, for containers that bring everything.
 
 TORCH_VERSION=2.13.0 # the version the tests run on; a looser choice may bring gigabytes of CUDA packages
 
@@ -20,7 +21,10 @@ find_python() {
 # ensure_environment EXTRAS: creates or updates $VENV; does nothing when nothing it depends on has changed.
 ensure_environment() {
     local extras="$1" stamp wanted python
+    # Spinning OpenMP threads slow every process on a shared machine several times over.
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     VENV="${VENV:-$REPO/.venv}"
+    [ "$VENV" = active ] && return
     stamp="$VENV/.megatron_lite-$extras"
     wanted="torch==$TORCH_VERSION $(cksum < "$REPO/pyproject.toml") $REPO"
     if [ ! -x "$VENV/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
@@ -37,6 +41,4 @@ ensure_environment() {
         echo "$wanted" > "$stamp"
     fi
     export PATH="$VENV/bin:$PATH"
-    # Spinning OpenMP threads slow every process on a shared machine several times over.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 }

@@ -57,8 +57,8 @@ cat <<END
 
 Done. What to try next:
   train longer               scripts/quickstart.sh --train-iters 1000 --override-opt_param-scheduler
-  look at the curves         $VENV/bin/tensorboard --logdir $RUN/tensorboard   (or open $RUN/loss.png)
-  write from your prompt     $VENV/bin/python tools/generate.py --load $RUN/checkpoints --prompt "class "
-  plan a cluster run         $VENV/bin/python pretrain_gpt.py --dry-run --world-size 1024 --config configs/llama3_70b.yaml
+  look at the curves         $(command -v tensorboard) --logdir $RUN/tensorboard   (or open $RUN/loss.png)
+  write from your prompt     $(command -v python) tools/generate.py --load $RUN/checkpoints --prompt "class "
+  plan a cluster run         $(command -v python) pretrain_gpt.py --dry-run --world-size 1024 --config configs/llama3_70b.yaml
   go to SLURM                scripts/slurm/pretrain.sbatch
 END
