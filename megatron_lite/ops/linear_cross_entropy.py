@@ -1,7 +1,7 @@
 """The output layer and the cross entropy as one operation, in chunks of tokens: whole logits never exist.
 
 The gradients of a chunk are formed while its probabilities are at hand, in the forward pass, so the backward pass
-only scales them. Memory: two buffers of [chunk, V/tp] and the gradients of hidden and weight.
+only scales them. Memory: a buffer of [chunk, V/tp], one for the softmax, and the gradients of hidden and weight.
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +14,17 @@ from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel import collectives
 
 IGNORED_LABEL = -100
-# Logits per chunk. On a CPU 2 Mi keep a chunk near the caches; on a GPU larger products fill the device better.
-_CPU_LOGITS, _GPU_LOGITS = 2**21, 2**26
+# Bytes of a chunk's logits. On a CPU 8 MiB are large enough for the matrix products and small enough to be reused by
+# the memory allocator; on a GPU larger products fill the device better.
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 2**23, 2**27
+# Bytes of the softmax of a block of a chunk, so that its passes stay in the second cache of a CPU core.
+_CPU_BLOCK_BYTES = 2**20
 
 
-def default_chunk_tokens(vocab_per_partition: int, device: torch.device) -> int:
+def default_chunk_tokens(vocab_per_partition: int, device: torch.device, dtype: torch.dtype) -> int:
     """Tokens per chunk such that a chunk's logits have a size that suits the device; a multiple of 64."""
-    logits = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
-    return max(64, logits // max(vocab_per_partition, 1) // 64 * 64)
+    size = _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
+    return max(64, size // dtype.itemsize // max(vocab_per_partition, 1) // 64 * 64)
 
 
 def linear_cross_entropy(
@@ -46,7 +49,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [n, h].
-        weight: [V/tp, h], this rank's contiguous rows of the padded vocabulary, in the dtype of hidden.
+        weight: [V/tp, h], this rank's contiguous rows of the padded vocabulary; cast to the dtype of hidden, while its
+            gradient, accumulated in at least float32, has its own dtype.
         labels: [n] global token ids; -100 is ignored (loss and gradient 0). An id outside the vocabulary has
             infinite loss.
         loss_mask: [n] weight per token, default 1.
@@ -62,7 +66,7 @@ def linear_cross_entropy(
     if vocab_size is None:
         vocab_size = weight.size(0) * group_size(tp_group)
     real_rows = min(max(vocab_size - vocab_start, 0), weight.size(0))
-    chunk = chunk_tokens or default_chunk_tokens(weight.size(0), weight.device)
+    chunk = chunk_tokens or default_chunk_tokens(weight.size(0), hidden.device, hidden.dtype)
     split = _Split(vocab_start, real_rows, tp_group, min(chunk, max(hidden.size(0), 1)))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, split, wanted)
     return loss
@@ -122,7 +126,7 @@ class _GradientSums:
         self.hidden = torch.zeros_like(hidden) if real_rows == 0 else torch.empty_like(hidden)
         self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self._real_rows = self.weight[:real_rows]
-        self._product = None if dtype == hidden.dtype else torch.empty_like(weight[:real_rows])
+        self._product = None if dtype == hidden.dtype else hidden.new_empty(self._real_rows.shape)
 
     def add(self, here: slice, x: Tensor, rows: Tensor, grad_logits: Tensor, weight_of_token: Tensor) -> None:
         """Take in one chunk; the weight of a token is applied on the small side, to h instead of V numbers."""
@@ -131,8 +135,12 @@ class _GradientSums:
         weighted = (x * by_weight).to(x.dtype)
         if self._product is None:
             self._real_rows.addmm_(grad_logits.t(), weighted)
+            return
+        torch.mm(grad_logits.t(), weighted, out=self._product)
+        if here.start == 0:
+            self._real_rows.copy_(self._product)
         else:
-            self._real_rows.add_(torch.mm(grad_logits.t(), weighted, out=self._product))
+            self._real_rows.add_(self._product)
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -143,36 +151,67 @@ def _run_chunks(
     hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, split: _Split, sums: _GradientSums | None
 ) -> Tensor:
     """Weighted losses [n]; adds the gradients of their sum to `sums`, if given."""
-    dtype, rows, chunk = _accumulation_dtype(hidden), weight[: split.real_rows], split.chunk_tokens
-    losses = torch.empty(hidden.size(0), dtype=dtype, device=hidden.device)
+    count, chunk, block = hidden.size(0), split.chunk_tokens, _block_tokens(split, hidden)
+    rows = weight[: split.real_rows].to(hidden.dtype)
+    target = labels - split.vocab_start
+    is_here = (target >= 0) & (target < split.real_rows)
+    target = torch.where(is_here, target, 0)
+    wants_gradients = sums is not None and split.real_rows > 0
     logits_buffer = hidden.new_empty(chunk, split.real_rows)
-    probabilities_buffer = torch.empty(chunk, split.real_rows, dtype=dtype, device=hidden.device)
-    # Softmax reads half precision and writes float32 at once on CUDA; elsewhere torch would convert to a new tensor.
-    converts = dtype != hidden.dtype and not hidden.is_cuda
-    converted_buffer = torch.empty_like(probabilities_buffer) if converts else None
+    scratch = _Scratch(hidden, block, split.real_rows)
+    block_losses = []
 
-    for start in range(0, hidden.size(0), chunk):
-        here = slice(start, start + chunk)
-        x, weight_of_token = hidden[here], weights[here]
-        logits = torch.mm(x, rows.t(), out=logits_buffer[: x.size(0)])
-        converted = logits if converted_buffer is None else converted_buffer[: x.size(0)].copy_(logits)
-        target = labels[here] - split.vocab_start
-        is_here = (target >= 0) & (target < split.real_rows)
-        target = torch.where(is_here, target, 0)
-        probabilities = probabilities_buffer[: x.size(0)]
-        local_normalizer, target_logit = _softmax(converted, target, is_here, probabilities)
-        normalizer, target_logit = _combine(local_normalizer, target_logit, split.tp_group)
-        losses[here] = torch.where(weight_of_token == 0, 0.0, (normalizer - target_logit) * weight_of_token)
-        if sums is None or split.real_rows == 0:
-            continue
+    for start in range(0, count, chunk):
+        here = slice(start, min(start + chunk, count))
+        logits = torch.mm(hidden[here], rows.t(), out=logits_buffer[: here.stop - start])
+        for tokens, of_block in zip(range(start, here.stop, block), logits.split(block), strict=True):
+            there = slice(tokens, tokens + of_block.size(0))
+            block_losses.append(_block_losses(of_block, target[there], is_here[there], split, scratch, wants_gradients))
+        if sums is not None and wants_gradients:
+            sums.add(here, hidden[here], rows, logits, weights[here])
+    losses = torch.cat(block_losses) if block_losses else weights
+    return torch.where(weights == 0, 0.0, losses * weights)
 
+
+def _block_tokens(split: _Split, hidden: Tensor) -> int:
+    """Tokens whose logits go through the softmax together.
+
+    On a CPU few, so that its passes stay in the cache of a core, while the matrix products work on a whole chunk.
+    Elsewhere, and where each block costs communication, the whole chunk.
+    """
+    if hidden.is_cuda or group_size(split.tp_group) > 1:
+        return split.chunk_tokens
+    row = max(split.real_rows, 1) * _accumulation_dtype(hidden).itemsize
+    return min(split.chunk_tokens, max(1, _CPU_BLOCK_BYTES // row))
+
+
+class _Scratch:
+    """Space for the softmax of one block, in at least float32."""
+
+    def __init__(self, hidden: Tensor, block: int, columns: int) -> None:
+        dtype = _accumulation_dtype(hidden)
+        self.probabilities = torch.empty(block, columns, dtype=dtype, device=hidden.device)
+        # Softmax reads half precision and writes float32 at once on CUDA; elsewhere it would allocate a converted copy.
+        converts = dtype != hidden.dtype and not hidden.is_cuda
+        self.converted = torch.empty_like(self.probabilities) if converts else None
+
+
+def _block_losses(
+    logits: Tensor, target: Tensor, is_here: Tensor, split: _Split, scratch: _Scratch, wants_gradients: bool
+) -> Tensor:
+    """-log softmax(logits)[target] of a block [block]; its logits [block, V/tp] give way to the gradient, if wanted."""
+    count = logits.size(0)
+    converted = logits if scratch.converted is None else scratch.converted[:count].copy_(logits)
+    probabilities = scratch.probabilities[:count]
+    local_normalizer, target_logit = _softmax(converted, target, is_here, probabilities)
+    normalizer, target_logit = _combine(local_normalizer, target_logit, split.tp_group)
+    if wants_gradients:
         # d loss / d logits = probabilities over the whole vocabulary - onehot(label)
         if group_size(split.tp_group) > 1:
             probabilities.mul_((local_normalizer - normalizer).exp_().unsqueeze(1))
-        probabilities.scatter_add_(1, target.unsqueeze(1), -is_here.to(dtype).unsqueeze(1))
-        grad_logits = probabilities if dtype == hidden.dtype else logits.copy_(probabilities)
-        sums.add(here, x, rows, grad_logits, weight_of_token)
-    return losses
+        probabilities.scatter_add_(1, target.unsqueeze(1), -is_here.to(probabilities.dtype).unsqueeze(1))
+        logits.copy_(probabilities)
+    return normalizer - target_logit
 
 
 def _softmax(logits: Tensor, target: Tensor, is_here: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ class GPTModel(MegatronModule):
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, self.tp_group)
-        weight = local(self.shared_embedding_or_output_weight()).to(hidden.dtype)
+        weight = local(self.shared_embedding_or_output_weight())
         batch, length = labels.shape
         loss = linear_cross_entropy(
             hidden.flatten(0, 1),

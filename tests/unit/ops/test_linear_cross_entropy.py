@@ -60,6 +60,31 @@ def test_equals_cross_entropy_on_whole_logits(chunk: int | None, uniform: bool, 
     assert got[2][VOCAB:].eq(0).all(), "padding rows have no gradient"
 
 
+def test_blocks_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the softmax sees a few rows of a chunk at a time; how many changes nothing."""
+    hidden, weight, labels, mask = problem()
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, labels, loss_mask=mask, vocab_size=VOCAB, chunk_tokens=10)
+
+    whole = gradients(ours, hidden, weight, None)
+    monkeypatch.setattr("megatron_lite.ops.linear_cross_entropy._CPU_BLOCK_BYTES", 3 * VOCAB * 8)
+    for in_blocks, at_once in zip(gradients(ours, hidden, weight, None), whole, strict=True):
+        assert torch.equal(in_blocks, at_once)
+
+
+def test_gradient_of_a_float32_weight_is_not_rounded_to_bfloat16() -> None:
+    hidden, weight, labels, mask = problem(dtype=torch.bfloat16)
+    _, grad_hidden, grad_weight = gradients(
+        lambda h, w: linear_cross_entropy(h, w, labels, loss_mask=mask, vocab_size=VOCAB),
+        hidden,
+        weight.float(),
+        None,
+    )
+    assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(grad_weight, grad_weight.bfloat16().float())
+
+
 def test_gradcheck() -> None:
     hidden, weight, labels, mask = problem(1)
     hidden, weight = hidden[:5].requires_grad_(), weight[:, :].requires_grad_()
@@ -114,8 +139,9 @@ def test_half_precision_keeps_a_float32_loss_and_close_gradients(dtype: torch.dt
 
 
 def test_chunks_bound_the_memory_of_logits() -> None:
-    assert default_chunk_tokens(128_256, torch.device("cuda")) * 128_256 <= 2**26
-    assert default_chunk_tokens(8192, torch.device("cpu")) == 256
+    assert default_chunk_tokens(128_256, torch.device("cuda"), torch.bfloat16) * 128_256 <= 2**26
+    assert default_chunk_tokens(8192, torch.device("cpu"), torch.float32) == 256
+    assert default_chunk_tokens(8192, torch.device("cpu"), torch.bfloat16) == 512
 
 
 def _sharded(rank: int, world_size: int, uniform: bool, padded: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
