@@ -1,0 +1,229 @@
+"""Measuring training loops side by side: one process per side, taking turns (A B, B A, A B, ...).
+
+Processes of their own give each side its own peak memory and the same settings of threads; taking turns in short
+windows spreads what else the machine does over both. On a CPU the processor time of the process counts, which hardly
+depends on other programs; on a GPU the time on the clock, with the device idle at both ends of a window.
+"""
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import CONTENDERS, Step
+from megatron_lite.arguments import RunConfig, parse_args
+from megatron_lite.errors import ConfigError
+from megatron_lite.training.batches import MicroBatch
+from megatron_lite.training.initialize import distributed_environment
+
+# Weaker than what the user writes: no files are read, and the learning rate is constant.
+DEFAULTS = {"mock_data": True, "tokenizer_type": "NullTokenizer", "train_iters": 1, "lr": 3e-4, "weight_decay": 0.1}
+DIFFERENT_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Side:
+    """One training loop to measure: what the table calls it, a key of CONTENDERS, and flags of pretrain_gpt.py."""
+
+    name: str
+    contender: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One side's share of a round.
+
+    Attributes:
+        steps: optimizer steps measured.
+        wall_seconds: time on the clock.
+        cpu_seconds: processor time of the process, user and system.
+        matmul_flops: operations per second (per CPU-second on a CPU) of a large matrix product in the same dtype.
+        peak_memory: bytes; resident on a CPU, allocated on a GPU, since the warm-up.
+        loss: of the last step.
+    """
+
+    steps: int
+    wall_seconds: float
+    cpu_seconds: float
+    matmul_flops: float
+    peak_memory: int
+    loss: float
+
+
+@dataclass
+class Measured:
+    """All windows of one side, and the seconds its construction, warm-up and compilation took."""
+
+    side: Side
+    startup_seconds: float
+    windows: list[Window] = field(default_factory=list)
+
+
+def configuration(arguments: Sequence[str]) -> RunConfig:
+    """The validated run of one process that these flags describe.
+
+    Raises:
+        ConfigError: as parse_args, or the size of the vocabulary is missing.
+    """
+    config = parse_args(list(arguments), DEFAULTS)
+    if config.gpt.vocab_size is None:
+        raise ConfigError("vocab_size is not given, but a benchmark has no tokenizer to ask: write --vocab-size N.")
+    if config.world_size > 1:
+        raise ConfigError(f"WORLD_SIZE is {config.world_size}, but the benchmark starts its processes itself.")
+    return config
+
+
+def measure(sides: Sequence[Side], *, steps: int, warmup: int, rounds: int, threads: int) -> list[Measured]:
+    """Measure all sides in turns.
+
+    Args:
+        sides: at least one.
+        steps: optimizer steps of a window.
+        warmup: steps of each side before the first window; compilation happens there.
+        rounds: windows of each side. The order of the sides is reversed from round to round.
+        threads: CPU threads of each side.
+    """
+    with ExitStack() as stack:
+        connections = [stack.enter_context(_process(side, warmup, threads)) for side in sides]
+        # One starts after the other has started: compiling at the same time would tell nothing about start-up.
+        measured = []
+        for side, connection in zip(sides, connections, strict=True):
+            connection.send(0)
+            measured.append(Measured(side, connection.recv()))
+        turns = list(zip(measured, connections, strict=True))
+        for _ in range(rounds):
+            for result, connection in turns:
+                connection.send(steps)
+                result.windows.append(connection.recv())
+            turns.reverse()
+    return measured
+
+
+@contextmanager
+def _process(side: Side, warmup: int, threads: int) -> Iterator[Connection]:
+    """A process that serves one side; it ends with the block."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, side, warmup, threads))
+    before = dict(os.environ)
+    # OpenMP reads these once, when the process loads torch. Waiting threads sleep: spinning is time nobody worked.
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    theirs.close()  # so that recv() raises EOFError if the process dies
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join(timeout=60)
+        process.terminate()
+
+
+def _serve(connection: Connection, side: Side, warmup: int, threads: int) -> None:
+    """Wait for the word to start, build and warm up, then measure windows as long as they are asked for."""
+    connection.recv()
+    torch.set_num_threads(threads)
+    config = configuration(side.arguments)
+    with distributed_environment(config) as device:
+        started = time.perf_counter()
+        batches = synthetic_batches(config, device)
+        step = CONTENDERS[side.contender](config, device)
+        for number in range(warmup):
+            step(batches[number % len(batches)])
+        _synchronize(device)
+        _reset_peak_memory(device)
+        connection.send(time.perf_counter() - started)
+        done = warmup
+        while True:
+            try:
+                steps = connection.recv()
+            except EOFError:
+                return
+            connection.send(_window(config, device, step, batches, done, steps))
+            done += 1 + steps
+
+
+def _window(
+    config: RunConfig, device: torch.device, step: Step, batches: list[list[MicroBatch]], done: int, steps: int
+) -> Window:
+    """One unmeasured step, because the other side has just used the caches, then `steps` measured ones."""
+    matmul_flops = matmul_rate(config.transformer.params_dtype, device)
+    loss = step(batches[done % len(batches)])
+    _synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for number in range(done + 1, done + 1 + steps):
+        loss = step(batches[number % len(batches)])
+    _synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Window(steps, wall, cpu, matmul_flops, _peak_memory(device), loss.item())
+
+
+def synthetic_batches(config: RunConfig, device: torch.device) -> list[list[MicroBatch]]:
+    """Global batches of random tokens, on the device, the same for every side."""
+    size, length, vocabulary = config.training.micro_batch_size or 1, config.sequence_length, config.gpt.vocab_size
+    assert vocabulary is not None, "checked in configuration()"
+    generator = torch.Generator().manual_seed(config.rng.seed)
+    global_batches = []
+    for _ in range(DIFFERENT_BATCHES):
+        micro_batches = []
+        for _ in range(config.global_batch_size // size):
+            text = torch.randint(0, vocabulary, (size, length + 1), generator=generator)
+            batch = {
+                "tokens": text[:, :-1].contiguous(),
+                "labels": text[:, 1:].contiguous(),
+                "loss_mask": torch.ones(size, length),
+                "position_ids": torch.arange(length).repeat(size, 1),
+            }
+            micro_batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+        global_batches.append(micro_batches)
+    return global_batches
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, repetitions: int = 4) -> float:
+    """Operations per second (on a CPU per CPU-second) of a large square matrix product, the best of a few."""
+    size, clock = (8192, time.perf_counter) if device.type == "cuda" else (1024, time.process_time)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repetitions):
+        _synchronize(device)
+        started = clock()
+        left @ right
+        _synchronize(device)
+        seconds.append(clock() - started)
+    return 2.0 * size**3 / min(seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak of construction and compilation, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists() and os.access(clear, os.W_OK):
+        clear.write_text("5")  # resets VmHWM, see proc(5)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -1,0 +1,142 @@
+"""tools/benchmark.py: both sides train the same thing, the operations are counted right, and the report is whole.
+
+Nothing here looks at a clock: how fast something is, benchmarks/results/ says.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.contenders import CONTENDERS, plain_shape
+from benchmarks.measure import Window, configuration, synthetic_batches
+from benchmarks.peers.plain_gpt import PlainGPT
+from benchmarks.report import Case
+from megatron_lite import parallel_state
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+SMALL = (
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--ffn-hidden-size", "96"),
+    *("--seq-length", "16", "--micro-batch-size", "2", "--vocab-size", "256"),
+)
+
+
+def tool():
+    """tools/benchmark.py as a module."""
+    specification = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def world():
+    """A world of one process."""
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.shutdown()
+
+
+def losses(contender: str, *flags: str, steps: int = 4) -> list[float]:
+    """Losses of the first steps, measured on batches that come by twice."""
+    config = configuration((*SMALL, *flags))
+    step, batches = CONTENDERS[contender](config, CPU), synthetic_batches(config, CPU)
+    return [step(batches[number % 2]).item() for number in range(steps)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--untie-embeddings-and-output-weights",),
+        ("--global-batch-size", "6"),
+        ("--lr", "0.05", "--init-method-std", "0.3", "--clip-grad", "0.1"),
+        ("--vocab-size", "200"),
+    ],
+    ids=["tied", "untied", "accumulation", "clipped", "padded-vocabulary"],
+)
+def test_both_sides_train_the_same_model(world, flags):
+    """The first loss compares the models and their weights, later ones gradients, clipping and AdamW."""
+    ours, plain = losses("megatron_lite", *flags), losses("plain", *flags)
+    assert ours == pytest.approx(plain, rel=2e-5)
+    assert ours[2] < ours[0]
+
+
+def test_both_sides_train_the_same_model_in_bf16(world):
+    """bfloat16 has 8 bits of mantissa; the losses of another seed are further away than this."""
+    ours, plain = losses("megatron_lite", "--bf16"), losses("plain", "--bf16")
+    assert ours == pytest.approx(plain, rel=1e-3)
+    assert losses("plain", "--bf16", "--seed", "7") != pytest.approx(ours, rel=1e-3)
+
+
+def test_operations_are_those_that_torch_counts():
+    """The formula against torch's counter on the plain model; attention is counted as the half that is not masked."""
+    config = configuration(SMALL)
+    model, batches = PlainGPT(plain_shape(config)), synthetic_batches(config, CPU)
+    batch = batches[0][0]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch["tokens"], batch["labels"]).backward()
+    counted = counter.get_flop_counts()["Global"]
+    attention = counted.pop(torch.ops.aten.bmm)
+    assert Case(config, []).flops_per_step == sum(counted.values()) + attention / 2
+
+
+def test_rate_is_of_processor_time_on_a_cpu_and_of_the_clock_on_a_gpu():
+    """32 tokens a step, 10 steps."""
+    case = Case(configuration(SMALL), [])
+    window = Window(steps=10, wall_seconds=4.0, cpu_seconds=2.0, matmul_flops=1e9, peak_memory=1, loss=1.0)
+    assert case.rate(window, "cpu") == 160.0
+    assert case.rate(window, "cuda") == 80.0
+
+
+def test_report(tmp_path, capsys):
+    """One round of one step a side, in processes of their own: every field is there and the sides agree."""
+    output = tmp_path / "results" / "small"
+    words = ["--config", str(ROOT / "benchmarks/configs/gpt_cpu.yaml"), *SMALL, "--dtype", "bf16"]
+    settings = ["--steps", "1", "--rounds", "1", "--warmup", "0", "--output", str(output)]
+    assert tool().main([*words, *settings]) == 0
+    result = json.loads(output.with_name("small.json").read_text())
+    assert {"date", "commit", "cpu", "cores", "threads", "torch", "omp_wait_policy"} <= result["environment"].keys()
+    assert result["settings"] == {"steps": 1, "rounds": 1, "warmup": 0, "threads": 1}
+    (case,) = result["cases"]
+    assert (case["dtype"], case["compiled"], case["tokens_per_step"]) == ("bfloat16", False, 32)
+    ours, plain = case["sides"]
+    for side in (ours, plain):
+        assert side["rates"] == [side["tokens_per_cpu_second"]]
+        assert 0 < side["mfu"] < 1
+        assert side["peak_memory_bytes"] > 50 * 2**20
+        assert len(side["windows"]) == 1
+    assert ours["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-3)
+    assert case["ratios"]["plain torch"] == [ours["rates"][0] / plain["rates"][0]]
+    page = output.with_name("small.md").read_text()
+    assert page == capsys.readouterr().out
+    assert page.count("| bfloat16 | eager |") == 2
+
+
+def test_sides():
+    """A second configuration is this framework with further flags."""
+    ours, other = tool().sides_of(list(SMALL), "--normalization RMSNorm")
+    assert (ours.contender, other.contender) == ("megatron_lite", "megatron_lite")
+    assert other.arguments == (*SMALL, "--normalization", "RMSNorm")
+    assert len(tool().sides_of(list(SMALL), "nothing")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rounds", "0"], "rounds is 0"),
+        (["--bf16", "--dtype", "fp32"], "keep one of them"),
+        (["--swiglu", "--normalization", "RMSNorm"], "gelu in its tanh form"),
+        (["--against", "--seq-length 8"], "keep the batch"),
+        (["--hiden-size", "8"], "--hidden-size"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(words, message, capsys):
+    """Exit status 2 and a sentence."""
+    assert tool().main([*SMALL, *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Measure training speed against a plain torch loop, or against a second configuration, in turns.
+
+python tools/benchmark.py --config benchmarks/configs/gpt_cpu.yaml --dtype fp32 bf16 --compile off on
+python tools/benchmark.py --config benchmarks/configs/gpt_1b.yaml --against plain --output results/1b
+python tools/benchmark.py --config benchmarks/configs/gpt_cpu.yaml --against "--swiglu --ffn-hidden-size 688"
+
+All flags of pretrain_gpt.py work here too, and describe the model, batch and optimizer. benchmarks/README.md explains
+what the numbers mean.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for benchmarks/, which is not part of the installed package
+
+from benchmarks import contenders, report  # noqa: E402
+from benchmarks.measure import Measured, Side, configuration, measure  # noqa: E402
+from megatron_lite.errors import ConfigError  # noqa: E402
+from megatron_lite.training.initialize import training_device  # noqa: E402
+
+DEFAULT_CONFIG = ROOT / "benchmarks" / "configs" / "gpt_cpu.yaml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the measurement; the rest belongs to pretrain_gpt.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="Preset; default %(default)s.")
+    parser.add_argument(
+        "--against",
+        default="plain",
+        metavar="plain|FLAGS|nothing",
+        help="What to take turns with: the plain torch loop, this framework with further flags, or nothing.",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("fp32", "bf16"), metavar="fp32|bf16", help="Default as configured."
+    )
+    parser.add_argument(
+        "--compile", nargs="*", choices=("off", "on"), default=["off"], metavar="off|on", help="Default off."
+    )
+    parser.add_argument("--steps", type=int, default=10, help="Optimizer steps of a window; default %(default)s.")
+    parser.add_argument("--warmup", type=int, default=3, help="Steps before the first window; default %(default)s.")
+    parser.add_argument("--rounds", type=int, default=5, help="Windows of each side; default %(default)s.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side; default %(default)s.")
+    parser.add_argument("--output", metavar="PATH", help="Write PATH.json and PATH.md too.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; user mistakes end in a message and exit status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments, flags = build_parser().parse_known_args(words)
+    try:
+        for name in ("steps", "rounds", "threads"):
+            if getattr(arguments, name) < 1:
+                raise ConfigError(f"{name} is {getattr(arguments, name)}, but it must be at least 1.")
+        result = run(arguments, ["--config", arguments.config, *flags])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result["command"] = shlex.join(["python", "tools/benchmark.py", *words])
+    page = report.markdown(result)
+    print(page, end="")
+    if arguments.output is not None:
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_name(output.name + ".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        output.with_name(output.name + ".md").write_text(page, encoding="utf-8")
+    return 0
+
+
+def run(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    """Measure each combination of dtype and compilation; the environment is that of the beginning."""
+    device = training_device()
+    cases = [
+        (flags + dtype + compiled)
+        for dtype in _dtype_flags(arguments.dtype, flags)
+        for compiled in ([["--compile"] if mode == "on" else [] for mode in arguments.compile or ["on"]])
+    ]
+    all_sides = [sides_of(case, arguments.against) for case in cases]
+    result: dict[str, Any] = {
+        "environment": report.environment(device, arguments.threads),
+        "settings": {name: getattr(arguments, name) for name in ("steps", "warmup", "rounds", "threads")},
+        "compared": "tokens per CPU-second" if device.type == "cpu" else "tokens/s",
+        "flops": report.FLOPS_FORMULA,
+        "mfu": report.MFU_MEANING[device.type],
+        "cases": [],
+    }
+    for sides in all_sides:
+        print(f"measuring {' against '.join(side.name for side in sides)} ...", file=sys.stderr, flush=True)
+        measured: list[Measured] = measure(
+            sides,
+            steps=arguments.steps,
+            warmup=arguments.warmup,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+        )
+        result["cases"].append(report.summarize(report.Case(configuration(sides[0].arguments), measured), device))
+    return result
+
+
+def _dtype_flags(dtypes: Sequence[str] | None, flags: list[str]) -> list[list[str]]:
+    if dtypes is None:
+        return [[]]
+    if configuration(flags).transformer.params_dtype.itemsize != 4:
+        raise ConfigError("--dtype is given, but the configuration sets a dtype too; keep one of them.")
+    return [["--bf16"] if dtype == "bf16" else [] for dtype in dtypes]
+
+
+def sides_of(flags: list[str], against: str) -> list[Side]:
+    """This framework, and what it is compared with.
+
+    Raises:
+        ConfigError: flags that do not make a run, or a model that the plain loop cannot build.
+    """
+    config = configuration(flags)
+    ours = Side("megatron_lite", "megatron_lite", tuple(flags))
+    if against == "nothing":
+        return [ours]
+    if against == "plain":
+        contenders.plain_shape(config)
+        return [ours, Side("plain torch", "plain", tuple(flags))]
+    second = (*flags, *shlex.split(against))
+    other = configuration(second)
+    if (other.global_batch_size, other.sequence_length) != (config.global_batch_size, config.sequence_length):
+        raise ConfigError("--against changes the tokens of a step, so rates could not be compared; keep the batch.")
+    return [ours, Side(f"with {against}", "megatron_lite", second)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
