@@ -23,9 +23,9 @@ FLOPS_FORMULA = (
     "sequence) + hidden x padded vocabulary)"
 )
 MFU_MEANING = {
-    "cpu": "FLOP per CPU-second / FLOP per CPU-second of a 1024^3 matrix product in the same dtype and process",
+    "cpu": "FLOP per CPU-second / FLOP per CPU-second of a 1024^3 matrix product in the same dtype, best of the run",
     "cuda": "FLOP per second / the bf16 datasheet peak (in float32, or for a device not in throughput.py: / FLOP per "
-    "second of an 8192^3 matrix product in the same dtype and process)",
+    "second of an 8192^3 matrix product in the same dtype, the best of the run)",
 }
 HEADER = (
     "| dtype | mode | loop | tokens per CPU-second | CPU ms a step | tokens/s | MFU | peak MiB | start-up s "
@@ -61,6 +61,7 @@ class Case:
 def summarize(case: Case, device: torch.device) -> dict[str, Any]:
     """All numbers of a case as plain values; `ratios` are the first side's rate over each other side's, per round."""
     dtype = case.config.transformer.params_dtype
+    peak = _peak([window for measured in case.sides for window in measured.windows], dtype, device)
     sides = []
     for measured in case.sides:
         windows = measured.windows
@@ -73,7 +74,7 @@ def summarize(case: Case, device: torch.device) -> dict[str, Any]:
                 "tokens_per_cpu_second": median(case.rate(window, "cpu") for window in windows),
                 "tokens_per_second": median(case.rate(window, "cuda") for window in windows),
                 "cpu_ms_per_step": median(1e3 * window.cpu_seconds / window.steps for window in windows),
-                "mfu": achieved / _peak(windows, dtype, device),
+                "mfu": achieved / peak,
                 "peak_memory_bytes": max(window.peak_memory for window in windows),
                 "last_loss": windows[-1].loss,
                 "rates": rates,
@@ -90,12 +91,14 @@ def summarize(case: Case, device: torch.device) -> dict[str, Any]:
         "shape": _shape(case.config),
         "tokens_per_step": case.tokens_per_step,
         "flops_per_step": case.flops_per_step,
+        "peak_flops_per_second": peak,
         "sides": sides,
         "ratios": ratios,
     }
 
 
 def _peak(windows: list[Window], dtype: torch.dtype, device: torch.device) -> float:
+    """What a case's rates of operations are divided by: one number for all its sides."""
     datasheet = peak_tflops(device) if dtype == torch.bfloat16 else None
     return max(window.matmul_flops for window in windows) if datasheet is None else datasheet * 1e12
 

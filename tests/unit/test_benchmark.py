@@ -112,6 +112,7 @@ def test_report(tmp_path, capsys):
         assert side["peak_memory_bytes"] > 50 * 2**20
         assert len(side["windows"]) == 1
     assert ours["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-3)
+    assert ours["mfu"] / plain["mfu"] == pytest.approx(ours["rates"][0] / plain["rates"][0])
     assert case["ratios"]["plain torch"] == [ours["rates"][0] / plain["rates"][0]]
     page = output.with_name("small.md").read_text()
     assert page == capsys.readouterr().out
