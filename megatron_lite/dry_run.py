@@ -265,6 +265,7 @@ def _batch_lines(run: RunConfig) -> Iterator[str]:
         run.data_parallel_size,
         training.decrease_batch_size_if_needed,
         training.step_batch_size_schedule,
+        length,
     )
     if len(calculator.schedule.steps) > 1:
         steps = ", ".join(f"{size} from sample {start:,}" for start, size in calculator.schedule.steps)

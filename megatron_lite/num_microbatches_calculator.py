@@ -5,6 +5,7 @@ the data parallel ranks, and the module-level functions are Megatron's names for
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -161,6 +162,17 @@ class NumMicroBatchesCalculator:
             steps = min(-(-(end - consumed) // size), (train_samples - consumed) // size)
             consumed, count = consumed + steps * size, count + steps
         return count
+
+    def samples(self, iterations: int) -> int:
+        """Samples that the first `iterations` iterations consume."""
+        consumed = 0
+        for end in [*(threshold for threshold, _ in self.schedule.steps[1:]), math.inf]:
+            size = self.running_global_batch_size(consumed)
+            if size < 1 or consumed >= end:
+                continue
+            steps = max(0, min(iterations, math.inf if end == math.inf else -(-(int(end) - consumed) // size)))
+            consumed, iterations = consumed + int(steps) * size, iterations - int(steps)
+        return consumed
 
 
 _GLOBAL_NUM_MICROBATCHES_CALCULATOR: NumMicroBatchesCalculator | None = None

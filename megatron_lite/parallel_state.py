@@ -37,10 +37,15 @@ def default_position_embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return [pp_ranks[0]]
 
 
+def local_cuda_device() -> torch.device:
+    """The GPU of this process: that of LOCAL_RANK, counted around where a process sees fewer (one each, say)."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | None = None) -> None:
     """Initialize torch.distributed from torchrun's environment, or as a world of one process without it.
 
-    Without a `backend` NCCL where there is a GPU (the one LOCAL_RANK names), gloo elsewhere. Does nothing if somebody
+    Without a `backend` NCCL where there is a GPU (see `local_cuda_device`), gloo elsewhere. Does nothing if somebody
     already has.
     """
     global _owns_torch_distributed
@@ -49,7 +54,7 @@ def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | Non
     timeout = timedelta(minutes=timeout_minutes)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_cuda_device())
     backend = backend or ("nccl" if use_cuda else "gloo")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

@@ -141,21 +141,29 @@ def _batch(run: RunConfig) -> Iterator[str]:
     model_ranks = sizes.tensor_model_parallel_size * sizes.context_parallel_size * sizes.pipeline_model_parallel_size
     if training.micro_batch_size is None or run.world_size % model_ranks:
         return
+    last_size = training.global_batch_size
     try:
-        build_num_microbatches_calculator(
+        last_size = build_num_microbatches_calculator(
             training.rampup_batch_size,
             training.global_batch_size,
             training.micro_batch_size,
             run.data_parallel_size,
             training.decrease_batch_size_if_needed,
             training.step_batch_size_schedule,
-        )
+            run.data.seq_length or None,
+        ).schedule.steps[-1][1]
     except ConfigError as error:
         yield str(error)
     if training.rampup_batch_size is not None and training.train_iters is not None:
         yield (
             f"rampup_batch_size is {training.rampup_batch_size} with train_iters {training.train_iters}, but a growing "
             "batch is counted in samples: write --train-samples N instead of --train-iters."
+        )
+    if training.step_batch_size_schedule is not None and training.global_batch_size not in (None, last_size):
+        yield (
+            f"global_batch_size is {training.global_batch_size}, but step_batch_size_schedule "
+            f"{training.step_batch_size_schedule!r} ends at {last_size}: write --global-batch-size {last_size}, or "
+            "leave it out."
         )
 
 

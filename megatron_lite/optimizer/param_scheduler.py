@@ -6,7 +6,7 @@ resume, or with another batch size.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -249,7 +249,7 @@ def get_optimizer_param_scheduler(
     optimizer_config: OptimizerConfig,
     config: SchedulerConfig,
     *,
-    global_batch_size: int,
+    samples_of_iterations: Callable[[int], int],
     train_iters: int | None = None,
     train_samples: int | None = None,
 ) -> OptimizerParamScheduler:
@@ -259,7 +259,7 @@ def get_optimizer_param_scheduler(
         optimizer: its `param_groups` receive the values.
         optimizer_config: peak and lowest learning rate, weight decay.
         config: shapes and lengths.
-        global_batch_size: samples of an iteration (at the end of a ramp-up); converts iterations to samples.
+        samples_of_iterations: samples that so many iterations from the start consume.
         train_iters: length of the run in iterations, or
         train_samples: in samples; one of the two.
 
@@ -273,7 +273,7 @@ def get_optimizer_param_scheduler(
             f"train_iters is {train_iters} and train_samples is {train_samples}; give exactly one of the two."
         )
     if train_iters is not None:
-        unit, names = global_batch_size, ("lr_decay_samples", "lr_wsd_decay_samples", "lr_warmup_samples")
+        samples_of, names = samples_of_iterations, ("lr_decay_samples", "lr_wsd_decay_samples", "lr_warmup_samples")
         length, decay, wsd_decay, warmup = (
             train_iters,
             config.lr_decay_iters,
@@ -282,7 +282,7 @@ def get_optimizer_param_scheduler(
         )
     else:
         assert train_samples is not None
-        unit, names = 1, ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters")
+        samples_of, names = int, ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters")
         length, decay, wsd_decay, warmup = (
             train_samples,
             config.lr_decay_samples,
@@ -294,7 +294,8 @@ def get_optimizer_param_scheduler(
         kind = "iterations" if train_iters is not None else "samples"
         raise ConfigError(f"the run is measured in {kind}, so give {', '.join(wrong_unit)} in {kind} too.")
 
-    decay_steps = (length if decay is None else decay) * unit
+    decay = length if decay is None else decay
+    decay_steps = samples_of(decay)
     fraction = config.lr_warmup_fraction
     constant = config.weight_decay_incr_style == "constant"
     start_wd = optimizer_config.weight_decay if constant else config.start_weight_decay
@@ -309,15 +310,15 @@ def get_optimizer_param_scheduler(
         init_lr=config.lr_warmup_init,
         max_lr=optimizer_config.lr,
         min_lr=optimizer_config.min_lr,
-        lr_warmup_steps=warmup * unit if fraction is None else fraction * decay_steps,
+        lr_warmup_steps=samples_of(warmup) if fraction is None else fraction * decay_steps,
         lr_decay_steps=decay_steps,
         lr_decay_style=config.lr_decay_style,
         start_wd=start_wd,
         end_wd=end_wd,
-        wd_incr_steps=length * unit,
+        wd_incr_steps=samples_of(length),
         wd_incr_style=config.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=config.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=config.override_opt_param_scheduler,
-        wsd_decay_steps=None if wsd_decay is None else wsd_decay * unit,
+        wsd_decay_steps=None if wsd_decay is None else decay_steps - samples_of(decay - wsd_decay),
         lr_wsd_decay_style=config.lr_wsd_decay_style,
     )

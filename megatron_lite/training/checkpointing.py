@@ -36,9 +36,11 @@ def save(
 
 
 def load(
-    config: RunConfig, model: nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    config: RunConfig, model: nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler | None
 ) -> Progress:
     """Continue from --load, else start from the weights of --pretrained-checkpoint, else from the initial weights.
+
+    A run that does not train has no scheduler.
 
     Returns:
         Where the run continues.
@@ -61,5 +63,6 @@ def load(
     )
     if state is None or finetune:
         return Progress()
-    scheduler.load_state_dict(state.extra["scheduler"])
+    if scheduler is not None:
+        scheduler.load_state_dict(state.extra["scheduler"])
     return Progress(**state.extra["progress"])

@@ -32,7 +32,7 @@ class TrainingConfig(Validated):
         metavar="N",
     )
     step_batch_size_schedule: str | None = knob(
-        None, 'Global batch size from given sample counts on, for example "0:16 2.4B:320 4.8B:640".'
+        None, 'Global batch size from given token counts on, for example "0:16 2.4B:320 4.8B:640".'
     )
     decrease_batch_size_if_needed: bool = knob(
         False, "Round a ramped global batch size down to what the data parallel size can divide."
@@ -174,7 +174,9 @@ class DistributedInitConfig(Validated):
     """How torch.distributed is started and ranks are ordered."""
 
     distributed_backend: str | None = knob(
-        None, "Communication library; the default is nccl with CUDA and gloo without.", choices=("nccl", "gloo")
+        None,
+        "Communication library: nccl for GPUs, gloo for the CPU; default: nccl with CUDA.",
+        choices=("nccl", "gloo"),
     )
     distributed_timeout_minutes: int = knob(10, "Minutes after which a collective that does not finish is an error.")
     use_tp_pp_dp_mapping: bool = knob(

@@ -97,10 +97,15 @@ class Profiler(Hook):
 
 
 class MemorySnapshot(Hook):
-    """Records CUDA allocations and writes torch's snapshot file when the profiled iterations end."""
+    """Records CUDA allocations and writes torch's snapshot file when the profiled iterations end.
+
+    Each profiled rank (`--profile-ranks`, else 0) writes a file of its own: all but rank 0 with their number added.
+    """
 
     def __init__(self, config: ProfilingConfig) -> None:
+        path, rank = Path(config.memory_snapshot_path), dist.get_rank()
         self.config = config
+        self._path = path if rank == 0 else path.with_stem(f"{path.stem}_rank{rank}")
         self._written = False
         torch.cuda.memory._record_memory_history()
 
@@ -112,7 +117,7 @@ class MemorySnapshot(Hook):
     def close(self) -> None:
         """Write the snapshot once."""
         if not self._written:
-            torch.cuda.memory._dump_snapshot(self.config.memory_snapshot_path)
+            torch.cuda.memory._dump_snapshot(str(self._path))
             self._written = True
 
 
@@ -123,6 +128,7 @@ def build_hooks(training: TrainingConfig, profiling: ProfilingConfig, folder: Pa
         hooks.append(ManualGarbageCollection(training))
     if profiling.profile:
         hooks.append(Profiler(profiling, folder))
-    if profiling.record_memory_history and torch.cuda.is_available():
+    profiled = dist.get_rank() in (profiling.profile_ranks or [0])
+    if profiling.record_memory_history and profiled and torch.cuda.is_available():
         hooks.append(MemorySnapshot(profiling))
     return hooks

@@ -14,10 +14,10 @@ from megatron_lite.arguments import RunConfig
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
-def training_device() -> torch.device:
-    """This rank's device: its own GPU where there are GPUs, the CPU otherwise."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+def training_device(backend: str | None = None) -> torch.device:
+    """This rank's device: its own GPU where there are GPUs, the CPU otherwise and where gloo is asked for."""
+    if torch.cuda.is_available() and backend != "gloo":
+        return parallel_state.local_cuda_device()
     return torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ def print_rank_last(text: str) -> None:
 @contextmanager
 def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     """Everything a rank needs before it builds a model; yields the device and takes all down again at the end."""
-    device = training_device()
+    device = training_device(config.distributed.distributed_backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

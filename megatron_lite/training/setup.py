@@ -104,6 +104,7 @@ def batch_calculator_of(config: RunConfig) -> NumMicroBatchesCalculator:
         config.data_parallel_size,
         training.decrease_batch_size_if_needed,
         training.step_batch_size_schedule,
+        config.sequence_length,
     )
 
 
@@ -114,13 +115,15 @@ def total_iterations(config: RunConfig, calculator: NumMicroBatchesCalculator) -
     return config.training.train_iters or 0
 
 
-def scheduler_of(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Learning rate and weight decay as functions of consumed samples."""
+def scheduler_of(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler | None:
+    """Learning rate and weight decay as functions of consumed samples; None for a run that does not train."""
+    if config.validation.skip_train:
+        return None
     return get_optimizer_param_scheduler(
         optimizer,
         config.optimizer,
         config.scheduler,
-        global_batch_size=config.global_batch_size,
+        samples_of_iterations=batch_calculator_of(config).samples,
         train_iters=config.training.train_iters,
         train_samples=config.training.train_samples,
     )
@@ -131,12 +134,16 @@ def data_streams(
 ) -> list[MicroBatchStream | None]:
     """Training, validation and test data, each from where `progress` says; None for a split that is empty."""
     batch, validation = config.global_batch_size, config.validation
-    train_samples = config.training.train_samples or iterations * batch
-    evaluations = iterations // validation.eval_interval if validation.eval_interval else 0
+    train_samples = config.training.train_samples or batch_calculator_of(config).samples(iterations)
+    interval = validation.eval_interval or iterations + 1
+    evaluated = validation.eval_iters * batch
+    # A run resumed with fewer evaluations may have read more already than it would have from the start.
+    to_come = max(0, iterations // interval - progress.iteration // interval) + 1
+    valid_samples = max((iterations // interval + 1) * evaluated, progress.consumed_valid_samples + to_come * evaluated)
     datasets = build_train_valid_test_datasets(
         config.data,
         tokenizer,
-        (train_samples, (evaluations + 1) * validation.eval_iters * batch, validation.eval_iters * batch),
+        (train_samples, valid_samples, evaluated),
         config.rng.seed,
     )
     consumed = (progress.consumed_train_samples, progress.consumed_valid_samples, 0)
@@ -163,7 +170,7 @@ def assemble(
     tokenizer: MegatronTokenizer,
     model: nn.Module,
     optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
+    scheduler: OptimizerParamScheduler | None,
     progress: Progress,
 ) -> Run:
     """Everything the loop needs, once weights and progress are known."""

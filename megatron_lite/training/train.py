@@ -33,7 +33,7 @@ class Run:
     device: torch.device
     model: nn.Module
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    scheduler: OptimizerParamScheduler | None
     batch_calculator: NumMicroBatchesCalculator
     progress: Progress
     total_iterations: int
@@ -75,6 +75,7 @@ def train(run: Run) -> bool:
                 log(run)
                 print_rank_last(reason)
                 return True
+    log(run)  # the end of the run is the end of an interval, even of a short one
     if config.checkpoint.save and saved_at != progress.iteration:
         save_now(run)
     return False
@@ -84,6 +85,7 @@ def one_iteration(run: Run) -> None:
     """Fetch a global batch, train on it, and keep its numbers for the next log line."""
     config, progress = run.config, run.progress
     assert run.train_stream is not None
+    assert run.scheduler is not None
     for hook in run.hooks:
         hook.before_step(progress.iteration + 1)
     run.batch_calculator.update(progress.consumed_train_samples)
@@ -92,27 +94,25 @@ def one_iteration(run: Run) -> None:
     learning_rate = run.scheduler.get_lr(progress.consumed_train_samples)
     progress.iteration += 1
     progress.consumed_train_samples += global_batch_size
-    if progress.iteration in config.training.iterations_to_skip:
-        run.scheduler.step(global_batch_size)
-        return
-    output = train_step(
-        run.model,
-        run.optimizer,
-        batches,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        per_token_loss=config.transformer.calculate_per_token_loss,
-    )
+    if progress.iteration not in config.training.iterations_to_skip:
+        output = train_step(
+            run.model,
+            run.optimizer,
+            batches,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            per_token_loss=config.transformer.calculate_per_token_loss,
+        )
+        record = IterationRecord(
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_train_samples,
+            global_batch_size=global_batch_size,
+            elapsed_ms=0.0,
+            tokens=global_batch_size * run.throughput.tokens_per_sample,
+            values={"learning_rate": learning_rate},
+        )
+        run.metrics.add(record, step_scalars(output, config, run.optimizer))
     run.scheduler.step(global_batch_size)
-    record = IterationRecord(
-        iteration=progress.iteration,
-        consumed_samples=progress.consumed_train_samples,
-        global_batch_size=global_batch_size,
-        elapsed_ms=0.0,
-        tokens=global_batch_size * run.throughput.tokens_per_sample,
-        values={"learning_rate": learning_rate},
-    )
-    run.metrics.add(record, step_scalars(output, config, run.optimizer))
     for hook in run.hooks:
         hook.after_step(progress.iteration)
 
@@ -174,16 +174,17 @@ def check_losses(run: Run, records: Sequence[IterationRecord]) -> None:
     """Stop at a loss or gradient that is not a number; warn of a spike, when asked to.
 
     Raises:
-        FloatingPointError: the update of that iteration was skipped, so weights and checkpoints are sound.
+        FloatingPointError: saying whether the update of that iteration was skipped, which a bad gradient norm causes.
     """
     training = run.config.training
     broken = [record for record in records if record.values["nan"] or not math.isfinite(record.values["lm_loss"])]
     if broken and training.check_for_nan_in_loss_and_grad and not run.config.transformer.fp16:
         first = broken[0]
+        update = "was skipped" if first.values["skipped"] else "was applied, its gradient being finite"
         raise FloatingPointError(
             f"iteration {first.iteration}: lm loss {first.values['lm_loss']}, grad norm {first.values['grad_norm']}. "
             f"Its update, from samples {first.consumed_samples - first.global_batch_size} to {first.consumed_samples}, "
-            "was skipped. Lower --lr or lengthen the warm-up; to leave these data out, resume with "
+            f"{update}. Lower --lr or lengthen the warm-up; to leave these data out, resume with "
             f"--iterations-to-skip {first.iteration}; to go on regardless, --no-check-for-nan-in-loss-and-grad."
         )
     for record in records:
@@ -218,16 +219,17 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation", final: boo
     read_metrics(run)
     for hook in run.hooks:
         hook.around_evaluation()
-    batch_size = run.config.global_batch_size
+    samples_of_micro_batch = run.batch_calculator.micro_batch_size * run.config.data_parallel_size
+    num_microbatches = run.config.global_batch_size // samples_of_micro_batch
     loss = evaluate(
         run.model,
         stream,
         iterations=iterations,
-        num_microbatches=batch_size // run.batch_calculator.micro_batch_size // run.config.data_parallel_size,
+        num_microbatches=num_microbatches,
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     if split == "validation":
-        run.progress.consumed_valid_samples += iterations * batch_size
+        run.progress.consumed_valid_samples += iterations * num_microbatches * samples_of_micro_batch
     perplexity = math.exp(min(20.0, loss))
     line = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
     print_rank_last(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
@@ -239,6 +241,7 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation", final: boo
 
 def save_now(run: Run) -> None:
     """Check the numbers so far, then write a checkpoint."""
+    assert run.scheduler is not None, "only a run that trains is saved"
     read_metrics(run)
     save(run.config, run.model, run.optimizer, run.scheduler, run.progress)
     run.metrics.restart_clock()

@@ -174,8 +174,11 @@ class TransformerConfig(ModelParallelConfig):
                     f"tensor_model_parallel_size ({tp}), because each rank holds whole key/value heads; use a tensor "
                     f"parallel size among {divisors(groups)}."
                 )
-            if self.kv_channels is not None and self.hidden_size % heads and self.kv_channels * heads == 0:
-                found.append(f"hidden_size is {self.hidden_size} with {heads} heads; give --kv-channels.")
+            if self.hidden_size % heads and self.kv_channels == self.hidden_size // heads:
+                found.append(
+                    f"hidden_size is {self.hidden_size}, but it must be a multiple of num_attention_heads ({heads}); "
+                    f"use {nearest_multiples(self.hidden_size, heads)}, or give --kv-channels."
+                )
         if self.ffn_hidden_size and self.ffn_hidden_size % max(tp, 1):
             found.append(
                 f"ffn_hidden_size is {self.ffn_hidden_size}, but it must be a multiple of tensor_model_parallel_size "

@@ -98,7 +98,7 @@ def test_activations_by_the_formula() -> None:
 
 
 def test_growing_batches_are_listed() -> None:
-    words = ["--step-batch-size-schedule", "0:16 1000:32", "--global-batch-size", "32"]
+    words = ["--step-batch-size-schedule", "0:16 256K:32", "--global-batch-size", "32"]  # tokens, 256 a sample
     assert "the batch grows: 16 from sample 0, 32 from sample 1,000" in describe(run_of("quickstart", 1, *words))
 
 

@@ -104,6 +104,7 @@ def test_iterations_count_what_a_loop_would_run(steps, first, chunk, train_sampl
         consumed += found.running_global_batch_size(consumed)
         iterations += 1
     assert found.iterations(train_samples) == iterations
+    assert found.samples(iterations) == consumed
 
 
 def test_megatron_names():

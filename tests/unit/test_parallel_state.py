@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_lite import parallel_state
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.rank_generator import ParallelLayoutError
+from megatron_lite.training.initialize import training_device
 from tests.parallel.pool import WorkerPool
 
 
@@ -28,6 +29,15 @@ def clean() -> Iterator[None]:
 
 def fake_world(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher may show each process only some GPUs. Mutation: take LOCAL_RANK as it is; gloo computes on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parallel_state.local_cuda_device() == training_device() == torch.device("cuda", 1)
+    assert training_device("gloo") == torch.device("cpu")
 
 
 def test_a_single_process_needs_no_environment() -> None:

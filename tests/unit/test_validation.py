@@ -40,6 +40,7 @@ def violations(monkeypatch: pytest.MonkeyPatch, world: int, line: list[str]) -> 
 # world size, changed settings, and what the one sentence must hold: the value, the rule's number, the remedy
 CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (6, {"tensor_model_parallel_size": "4"}, ["world_size is 6", "multiple of", "= 4", "4 or 8"]),
+    (1, {"hidden_size": "66"}, ["hidden_size is 66", "num_attention_heads (4)", "64 or 68", "--kv-channels"]),
     (1, {"num_query_groups": "3"}, ["num_query_groups is 3", "divide num_attention_heads (4)", "1, 2, 4"]),
     (1, {"pipeline_model_parallel_size": "0"}, ["pipeline_model_parallel_size is 0", "at least 1"]),
     (2, {"pipeline_model_parallel_size": "2"}, ["pipeline_model_parallel_size is 2", "later version", "write"]),
@@ -80,6 +81,11 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     ),
     (1, {"distribute_saved_activations": None}, ["distribute_saved_activations", "full", "leave it out"]),
     (1, {"rampup_batch_size": "2 2 100", "global_batch_size": "4"}, ["[2, 2, 100]", "samples", "--train-samples N"]),
+    (
+        1,
+        {"step_batch_size_schedule": "0:4,8K:16", "global_batch_size": "4"},
+        ["global_batch_size is 4", "'0:4,8K:16' ends at 16", "--global-batch-size 16"],
+    ),
     (1, {"normalization": "BatchNorm"}, ["normalization is 'BatchNorm'", "one of", "RMSNorm"]),
     (1, {"hidden_dropout": "1.5"}, ["hidden_dropout is 1.5", "0 <= value < 1"]),
     (

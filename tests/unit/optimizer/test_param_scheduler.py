@@ -5,6 +5,7 @@ import math
 import pytest
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
 from megatron_lite.optimizer.config import OptimizerConfig, SchedulerConfig
 from megatron_lite.optimizer.param_scheduler import OptimizerParamScheduler, get_optimizer_param_scheduler
 
@@ -145,7 +146,7 @@ def test_equal_schedules_resume_without_a_flag():
 
 def build(config: SchedulerConfig, **lengths) -> OptimizerParamScheduler:
     return get_optimizer_param_scheduler(
-        Groups(), OptimizerConfig(lr=1.0, min_lr=0.1), config, global_batch_size=8, **lengths
+        Groups(), OptimizerConfig(lr=1.0, min_lr=0.1), config, samples_of_iterations=lambda n: 8 * n, **lengths
     )
 
 
@@ -156,6 +157,19 @@ def test_lengths_in_iterations_are_converted_to_samples():
     ).schedule
     assert (found.lr_decay_steps, found.lr_warmup_steps, found.wsd_decay_steps) == (720, 40, 80)
     assert found.wd_incr_steps == 800
+
+
+def test_iterations_of_a_growing_batch_are_converted_by_what_they_consume():
+    """Batches of 4 up to sample 8, then of 16. Mutation: one batch size for all; the rate ends before the run does."""
+    batches = build_num_microbatches_calculator(None, None, 2, 1, step_batch_size_schedule="0:4 8:16")
+    found = get_optimizer_param_scheduler(
+        Groups(),
+        OptimizerConfig(lr=1.0),
+        SchedulerConfig(lr_warmup_iters=2, lr_decay_style="WSD", lr_wsd_decay_iters=3),
+        samples_of_iterations=batches.samples,
+        train_iters=12,
+    ).schedule
+    assert (found.lr_warmup_steps, found.lr_decay_steps, found.wsd_decay_steps) == (8, 8 + 10 * 16, 3 * 16)
 
 
 def test_lengths_in_samples_are_taken_as_they_are():
@@ -188,7 +202,7 @@ def test_contradictions_are_refused(config, lengths):
 def test_a_missing_learning_rate_is_refused():
     with pytest.raises(ConfigError, match="--lr"):
         get_optimizer_param_scheduler(
-            Groups(), OptimizerConfig(), SchedulerConfig(), global_batch_size=8, train_iters=10
+            Groups(), OptimizerConfig(), SchedulerConfig(), samples_of_iterations=lambda n: 8 * n, train_iters=10
         )
 
 
