@@ -4,10 +4,9 @@
 torchrun --nproc-per-node 2 pretrain_gpt.py --config configs/quickstart.yaml --tensor-model-parallel-size 2 --mock-data
 """
 
-import sys
-
 from megatron_lite.arguments import RunConfig, parse_args
-from megatron_lite.errors import ConfigError
+from megatron_lite.checkpoint import CheckpointError
+from megatron_lite.errors import ConfigError, exit_with
 
 
 def main() -> None:
@@ -20,8 +19,8 @@ def main() -> None:
             dry_run(config)
         else:
             pretrain(config)
-    except ConfigError as error:
-        sys.exit(f"pretrain_gpt.py: {error}")
+    except (ConfigError, CheckpointError, FloatingPointError) as error:
+        exit_with("pretrain_gpt.py", error)
 
 
 def pretrain(config: RunConfig) -> None:

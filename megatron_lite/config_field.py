@@ -4,6 +4,7 @@ Flags, `--help`, YAML keys and the documentation are all read off these fields; 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,8 @@ class Validated:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             described = field.metadata.get(FLAG)
             value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{field.name} is {value}, but must be a finite number.")
             if described is None or described.choices is None or value is None:
                 continue
             values = value if isinstance(value, (list, tuple)) else [value]

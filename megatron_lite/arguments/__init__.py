@@ -9,10 +9,12 @@ import os
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-from megatron_lite.arguments.command_line import Settings, build_parser, read_settings
+from megatron_lite.arguments.command_line import COMMAND_LINE, Settings, build_parser, read_settings
+from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
 from megatron_lite.arguments.show import config_as_yaml
 from megatron_lite.arguments.validation import all_violations, validate
+from megatron_lite.arguments.without_effect import flags_without_effect
 from megatron_lite.errors import ConfigError
 
 __all__ = ["RunConfig", "build_parser", "build_run_config", "config_as_yaml", "parse_args", "read_settings", "validate"]
@@ -35,7 +37,8 @@ def parse_args(argv: Sequence[str] | None = None, defaults: dict[str, Any] | Non
     if problems:
         raise ConfigError.from_violations(problems)
     if settings.print_config:
-        print(config_as_yaml(run, settings), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print(config_as_yaml(run, settings), end="")
         raise SystemExit(0)
     run.freeze()
     return run
@@ -50,13 +53,18 @@ def build_run_config(settings: Settings) -> RunConfig:
         groups[name] = types[name](**{key: value for key, (value, _) in settings.values.items() if key in own})
     run = RunConfig(**groups, dry_run=settings.dry_run)
     run.world_size = _world_size(settings)
-    notices = settings.notices + _settle(run)
+    given = {
+        option.field: option.shown[0]
+        for option in all_options()
+        if settings.values.get(option.field, ("", ""))[1] == COMMAND_LINE
+    }
+    notices = settings.notices + _settle(run) + list(flags_without_effect(run, given))
     run.notices = tuple(notices)
     return run
 
 
 def _world_size(settings: Settings) -> int:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = _launched_ranks(settings)
     if settings.world_size is None:
         return launched
     if not settings.dry_run and settings.world_size != launched:
@@ -67,6 +75,18 @@ def _world_size(settings: Settings) -> int:
     if settings.world_size < 1:
         settings.problems.append(f"--world-size is {settings.world_size}, but there must be at least 1 rank.")
     return settings.world_size
+
+
+def _launched_ranks(settings: Settings) -> int:
+    """Ranks that torchrun, or whoever stands in for it, says there are; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    settings.problems.append(
+        f"The environment variable WORLD_SIZE is {text!r}, but must be the number of ranks: unset it, or start with "
+        "torchrun, which sets it."
+    )
+    return 1
 
 
 def _settle(run: RunConfig) -> list[str]:

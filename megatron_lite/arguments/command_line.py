@@ -30,6 +30,8 @@ TITLES = {
     "distributed": "distributed init",
     "checkpoint": "checkpointing",
 }
+COMMAND_LINE = "command line"  # the origin of a value that a flag set
+
 EPILOG = (
     "Further flags of Megatron-LM are accepted without effect (fused kernels, communication overlap) or refused with a "
     "reason. A key of a --config file is a flag without its dashes, `-` written as `_`; a flag wins over the file."
@@ -56,7 +58,16 @@ class Settings:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, and takes `-1,0` and `-1e-3` for values, where argparse would see flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"^-\.?\d[\d.,eE+-]*$")
+
     def error(self, message: str) -> NoReturn:
+        switch = re.fullmatch(r"argument (.+): ignored explicit argument (.+)", message)
+        if switch:
+            message = f"{switch[1]} is a switch and takes no value, but {switch[2]} is given; write the flag alone"
         raise ConfigError(f"{message}; {self.prog} --help lists the flags.")
 
 
@@ -157,7 +168,7 @@ def _read_flags(settings: Settings, given: dict[str, Any], compat: dict[str, Any
             given.setdefault(target, raw if value is None else value)
     for name, raw in given.items():
         if name in hints:
-            _set(settings, name, raw, hints[name], "command line")
+            _set(settings, name, raw, hints[name], COMMAND_LINE)
         else:
             compat[name] = raw
 

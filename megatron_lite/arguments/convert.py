@@ -26,7 +26,7 @@ def convert(raw: Any, hint: Any) -> Any:
             continue
         try:
             return _convert_one(raw, alternative)
-        except ValueError:
+        except (ValueError, OverflowError):  # int() of an infinite number overflows
             continue
     raise ValueError(_words(hint))
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from megatron_lite.config_field import Validated, knob
-from megatron_lite.datasets.utils import Blend, get_blend_from_list
+from megatron_lite.datasets.utils import Blend, get_blend_from_list, parse_and_normalize_split
 from megatron_lite.errors import ConfigError
 
 DEFAULT_SPLIT = "969, 30, 1"
@@ -94,6 +94,11 @@ class DataConfig(Validated):
         by_split = self.per_split_data_args_path or sources["train_data_path, valid_data_path and test_data_path"]
         if by_split and self.split is not None:
             found.append(f"split is {self.split!r}, but each split has files of its own; drop --split.")
+        if self.split is not None:
+            try:
+                parse_and_normalize_split(self.split)
+            except ConfigError as error:
+                found.append(str(error))
         return found
 
     def blends(self) -> tuple[Blend | None, list[Blend | None] | None]:
@@ -114,8 +119,13 @@ class DataConfig(Validated):
 
 
 def _read_per_split_file(path: str) -> list[Blend | None]:
-    with open(path, encoding="utf-8") as file:
-        words_of = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            words_of = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--per-split-data-args-path {path}: {error}; write a JSON object there.") from error
+    if not isinstance(words_of, dict):
+        raise ConfigError(f'--per-split-data-args-path {path}: expected an object like {{"train": ["prefix"]}}.')
     blends = []
     for split in ("train", "valid", "test"):
         words = words_of.get(split)

@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -64,26 +65,28 @@ def get_blend_from_list(blend: Sequence[str] | None) -> Blend | None:
 
 
 def _as_number(word: str) -> float | None:
+    """The finite number that a word spells, None for any other word."""
     try:
-        return float(word)
+        number = float(word)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def parse_and_normalize_split(split: str) -> list[float]:
     """The shares of train, valid and test in a text such as "969, 30, 1", as fractions that add up to 1.
 
     Raises:
-        ConfigError: the text holds no number, more than three, or only zeros.
+        ConfigError: the text holds no number, more than three, a negative one, or only zeros.
     """
     try:
-        shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
+        shares = [float(number) for number in re.findall(r"-?[.0-9]+", split)]
     except ValueError as error:
         raise ConfigError(f"The split {split!r} is not a list of numbers; write it like '969,30,1'.") from error
-    if not 1 <= len(shares) <= len(Split) or sum(shares) <= 0.0:
+    if not 1 <= len(shares) <= len(Split) or sum(shares) <= 0.0 or min(shares) < 0.0:
         raise ConfigError(
-            f"The split {split!r} must give one to {len(Split)} shares (train, valid, test), not all zero; "
-            "write it like '969,30,1'."
+            f"The split {split!r} must give one to {len(Split)} shares (train, valid, test), none negative, not all "
+            "zero; write it like '969,30,1'."
         )
     return normalize(shares + [0.0] * (len(Split) - len(shares)))
 

@@ -54,9 +54,13 @@ class OptimizerConfig(Validated):
         for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must lie in [0, 1).")
-        for name in ("weight_decay", "clip_grad", "adam_eps"):
+        for name in ("weight_decay", "clip_grad"):
             if getattr(self, name) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; 0 switches it off.")
+        if self.adam_eps <= 0.0:
+            found.append(
+                f"adam_eps is {self.adam_eps}, but it must be positive, or gradients of 0 divide by 0; write 1e-8."
+            )
         if self.loss_scale is not None and self.loss_scale <= 0.0:
             found.append(f"loss_scale is {self.loss_scale}, but it must be positive; leave it out for a dynamic scale.")
         if not 0.0 < self.min_loss_scale <= self.initial_loss_scale:
@@ -114,7 +118,7 @@ class SchedulerConfig(Validated):
 
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""
-        found = super().violations()
+        found = super().violations() + self._length_violations()
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
             found.append("lr_decay_style is WSD, which needs the length of its last phase; give --lr-wsd-decay-iters.")
         if self.lr_warmup_fraction is not None:
@@ -130,6 +134,17 @@ class SchedulerConfig(Validated):
                 "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler contradict each other; keep one."
             )
         return found + self._weight_decay_violations()
+
+    def _length_violations(self) -> list[str]:
+        found = []
+        for name in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init"):
+            if getattr(self, name) < 0:
+                found.append(f"{name} is {getattr(self, name)}, but it must not be negative; write 0 or leave it out.")
+        for name in ("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"):
+            length = getattr(self, name)
+            if length is not None and length < 1:
+                found.append(f"{name} is {length}, but it must be at least 1; raise it or leave it out.")
+        return found
 
     def _weight_decay_violations(self) -> list[str]:
         start, end = self.start_weight_decay, self.end_weight_decay

@@ -144,6 +144,16 @@ def test_a_word_without_flag_and_a_flag_without_value() -> None:
     assert "--seed" in errors_of("--seed")
 
 
+def test_a_value_that_begins_with_minus_is_a_value() -> None:
+    assert read_settings(["--window-size", "-1,0"]).values["window_size"][0] == (-1, 0)
+    assert read_settings(["--lr", "-1e-3"]).values["lr"][0] == -1e-3
+
+
+def test_a_switch_with_a_value() -> None:
+    with pytest.raises(ConfigError, match="--swiglu is a switch and takes no value, but 'true' is given"):
+        read_settings(["--swiglu=true"])
+
+
 def test_values_of_the_wrong_type_are_reported_together(tmp_path: Path) -> None:
     path = preset(tmp_path, "weight_decay: heavy\nswiglu: maybe\nnum_layers: null\n")
     message = errors_of("--config", path, "--seed", "1.5", "--iterations-to-skip", "1", "two")
@@ -271,6 +281,18 @@ def test_world_size_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> 
     run = parse_args([*SMALL, "--tensor-model-parallel-size", "2"])
     assert (run.world_size, run.data_parallel_size) == (4, 2)
     assert "--world-size is 8, but 4 ranks were started" in errors_of("--world-size", "8")
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-2"])
+def test_a_launcher_that_counts_wrongly(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", text)
+    settings = read_settings([])
+    build_run_config(settings)
+    assert f"WORLD_SIZE is {text!r}" in settings.problems[0]
+
+
+def test_infinity_is_no_whole_number() -> None:
+    assert "but must be a whole number" in read_settings(["--seed", "1e400"]).problems[0]
 
 
 def test_defaults_build_without_a_command_line() -> None:

@@ -1,5 +1,7 @@
 """Rules between settings: each violation says the value, the rule and the remedy, and all are reported at once."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_lite.arguments import RunConfig, build_run_config, parse_args, read_settings, validate
@@ -96,6 +98,18 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (1, {"wandb_project": "p"}, ["wandb_project", "--wandb-exp-name NAME"]),
     (1, {"eval_iters": "-1"}, ["eval_iters is -1", "0 (no evaluation) or more"]),
     (1, {"seed": "-3"}, ["seed is -3", "0 or more"]),
+    (1, {"clip_grad": "nan"}, ["clip_grad is nan", "finite"]),
+    (1, {"adam_eps": "0"}, ["adam_eps is 0.0", "positive", "1e-8"]),
+    (1, {"lr_warmup_iters": "-1"}, ["lr_warmup_iters is -1", "not be negative", "write 0"]),
+    (1, {"lr_warmup_init": "-0.1"}, ["lr_warmup_init is -0.1", "not be negative"]),
+    (1, {"lr_decay_iters": "0"}, ["lr_decay_iters is 0", "at least 1", "leave it out"]),
+    (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": "-2"}, ["lr_wsd_decay_iters is -2", "at least 1"]),
+    (1, {"rotary_base": "0"}, ["rotary_base is 0.0", "positive"]),
+    (1, {"yarn_original_max_position_embeddings": "0"}, ["is 0", "positive", "leave it out"]),
+    (1, {"yarn_beta_slow": "64"}, ["yarn_beta_slow is 64.0", "yarn_beta_fast (32.0)"]),
+    (1, {"vocab_size": "0"}, ["vocab_size is 0", "at least 1"]),
+    (1, {"split": "9,-1,1"}, ["'9,-1,1'", "none negative", "969,30,1"]),
+    (1, {"split": "most"}, ["'most'", "shares", "969,30,1"]),
     (
         4,
         {"num_distributed_optimizer_instances": "3", "use_distributed_optimizer": None},
@@ -171,6 +185,20 @@ def test_sequence_parallelism_of_one_rank_is_switched_off_with_a_word(monkeypatc
 
 def test_evaluation_alone_needs_no_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert violations(monkeypatch, 1, words(("lr", "train_iters"), skip_train=None)) == []
+
+
+def test_flags_that_do_nothing_without_others_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    file = tmp_path / "run.yaml"
+    file.write_text("rotary_base: 500000\n")
+    idle = {"window_attn_skip_freq": "2", "split": "8,1,1", "no_load_optim": None, "no_bias_gelu_fusion": None}
+    line = words(**idle, swiglu=None, config=str(file))
+    notices = "\n".join(parse_args(line).notices)
+    assert "--window-attn-skip-freq: without effect, because it belongs to --window-size." in notices
+    for flag in ("--split:", "--no-load-optim:", "--no-bias-gelu-fusion:"):
+        assert flag in notices
+    assert "rotary" not in notices  # files hold what several runs share
+    assert not parse_args(words(window_size="4,0", window_attn_skip_freq="2", no_bias_gelu_fusion=None)).notices
 
 
 def test_a_config_made_by_hand_is_validated_too() -> None:

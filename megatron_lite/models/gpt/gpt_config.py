@@ -70,6 +70,13 @@ class GPTModelConfig(Validated):
                 f"make_vocab_size_divisible_by is {self.make_vocab_size_divisible_by}, but it must be at least 1; "
                 "the usual value is 128."
             )
+        if self.vocab_size is not None and self.vocab_size < 1:
+            found.append(f"vocab_size is {self.vocab_size}, but it must be at least 1; write that of the tokenizer.")
+        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
+            found.append(
+                f"max_position_embeddings is {self.max_position_embeddings}, but it must be at least the sequence "
+                "length; leave it out to have it so."
+            )
         padded = self.padded_vocab_size
         if padded is not None and self.vocab_size is not None and padded < self.vocab_size:
             found.append(
@@ -88,6 +95,14 @@ class GPTModelConfig(Validated):
             found.append(
                 f"rotary_seq_len_interpolation_factor is {interpolated} with position_embedding_type "
                 f"{self.position_embedding_type}, but it must be positive and belongs to rope."
+            )
+        for name in ("rotary_base", "rope_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"):
+            if getattr(self, name) <= 0:
+                found.append(f"{name} is {getattr(self, name)}, but it must be positive; leave it out for the default.")
+        if self.yarn_beta_slow <= 0 or self.yarn_beta_slow > self.yarn_beta_fast:
+            found.append(
+                f"yarn_beta_slow is {self.yarn_beta_slow}, but it must be positive and at most yarn_beta_fast "
+                f"({self.yarn_beta_fast})."
             )
         if self.rotary_scaling_factor < 1.0:
             found.append(f"rotary_scaling_factor is {self.rotary_scaling_factor}, but YaRN extends: at least 1.")

@@ -1,0 +1,134 @@
+"""Flags that mean something only together with others: given alone they are accepted, and said to do nothing."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from megatron_lite.arguments.run_config import RunConfig
+
+# What must hold, in words and as a question -> the fields that are read only then.
+CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...] = (
+    (
+        "--window-size",
+        lambda run: run.transformer.window_size is not None,
+        ("window_attn_skip_freq",),
+    ),
+    (
+        "--position-embedding-type rope or yarn",
+        lambda run: run.gpt.position_embedding_type in ("rope", "yarn"),
+        ("rotary_base", "rotary_percent", "rotary_interleaved"),
+    ),
+    ("--use-rope-scaling", lambda run: run.gpt.use_rope_scaling, ("rope_scaling_factor",)),
+    (
+        "--position-embedding-type yarn",
+        lambda run: run.gpt.yarn is not None,
+        (
+            "rotary_scaling_factor",
+            "yarn_original_max_position_embeddings",
+            "yarn_beta_fast",
+            "yarn_beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "yarn_correction_range_round_to_int",
+        ),
+    ),
+    (
+        "an MLP of plain gelu",
+        lambda run: not (run.transformer.gated_linear_unit or run.transformer.squared_relu),
+        ("openai_gelu", "bias_gelu_fusion"),
+    ),
+    (
+        "--recompute-granularity selective",
+        lambda run: run.transformer.recompute_granularity == "selective",
+        ("recompute_modules",),
+    ),
+    (
+        "--use-torch-fsdp2 or --use-megatron-fsdp",
+        lambda run: run.ddp.use_torch_fsdp2 or run.ddp.use_megatron_fsdp,
+        ("torch_fsdp2_reshard_after_forward",),
+    ),
+    ("--optimizer sgd", lambda run: run.optimizer.optimizer == "sgd", ("sgd_momentum",)),
+    (
+        "--optimizer adam",
+        lambda run: run.optimizer.optimizer == "adam",
+        ("adam_beta1", "adam_beta2", "adam_eps"),
+    ),
+    ("--decoupled-lr", lambda run: run.optimizer.decoupled_lr is not None, ("decoupled_min_lr",)),
+    (
+        "--fp16 without --loss-scale",
+        lambda run: run.transformer.fp16 and run.optimizer.loss_scale is None,
+        ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+    ),
+    (
+        "--lr-decay-style WSD",
+        lambda run: run.scheduler.lr_decay_style == "WSD",
+        ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style"),
+    ),
+    ("--data-path", lambda run: bool(run.data.data_path or run.data.data_args_path), ("split",)),
+    (
+        "--reset-attention-mask",
+        lambda run: run.data.reset_attention_mask,
+        ("create_attention_mask_in_dataloader",),
+    ),
+    ("--eval-interval", lambda run: run.validation.eval_interval is not None, ("start_eval_at_iter",)),
+    ("--exit-signal-handler", lambda run: run.training.exit_signal_handler, ("exit_signal",)),
+    ("--manual-gc", lambda run: run.training.manual_gc, ("manual_gc_interval", "manual_gc_eval")),
+    (
+        "--tensorboard-dir or --wandb-project",
+        lambda run: bool(run.logger.tensorboard_dir or run.logger.wandb_project),
+        (
+            "tensorboard_log_interval",
+            "tensorboard_queue_size",
+            "log_loss_scale_to_tensorboard",
+            "log_validation_ppl_to_tensorboard",
+            "log_memory_to_tensorboard",
+            "log_world_size_to_tensorboard",
+        ),
+    ),
+    (
+        "--wandb-project",
+        lambda run: run.logger.wandb_project is not None,
+        ("wandb_exp_name", "wandb_entity", "wandb_save_dir"),
+    ),
+    (
+        "--profile",
+        lambda run: run.profiling.profile,
+        (
+            "use_pytorch_profiler",
+            "pytorch_profiler_collect_shapes",
+            "pytorch_profiler_collect_callstack",
+        ),
+    ),
+    (
+        "--profile or --record-memory-history",
+        lambda run: run.profiling.profile or run.profiling.record_memory_history,
+        ("profile_step_start", "profile_step_end", "profile_ranks"),
+    ),
+    ("--record-memory-history", lambda run: run.profiling.record_memory_history, ("memory_snapshot_path",)),
+    (
+        "--save",
+        lambda run: run.checkpoint.save is not None,
+        ("save_interval", "save_retain_interval", "keep_last", "save_optim", "save_rng"),
+    ),
+    (
+        "--load or --pretrained-checkpoint",
+        lambda run: bool(run.checkpoint.load or run.checkpoint.pretrained_checkpoint),
+        ("ckpt_step", "finetune", "load_optim", "load_rng"),
+    ),
+    (
+        "--load",
+        lambda run: run.checkpoint.load is not None,
+        ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
+    ),
+)
+
+
+def flags_without_effect(run: RunConfig, given: Mapping[str, str]) -> Iterator[str]:
+    """One sentence for each flag of the command line that this run never reads.
+
+    Args:
+        run: the settings, values that follow from others filled in.
+        given: field -> the flag that set it.
+    """
+    for needed, holds, fields in CONDITIONS:
+        idle = [given[field] for field in fields if field in given]
+        if idle and not holds(run):
+            yield f"{', '.join(idle)}: without effect, because it belongs to {needed}."
