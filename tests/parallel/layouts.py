@@ -5,7 +5,8 @@ cross entropy, clipping and SGD. Every layout has to reproduce its loss, its gra
 and its weights after many steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_lite import parallel_state
+from megatron_lite.checkpoint import verify_replicas
 from megatron_lite.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron_lite.tensor_parallel.parameters import initialize_parameters
+from megatron_lite.training.evaluate import evaluate
+from megatron_lite.training.initialize import set_random_seed
 from megatron_lite.training.setup import build_gpt, build_model
 from megatron_lite.training.step import forward_backward, train_step
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -49,6 +53,7 @@ class Layout:
     positions: str = "learned_absolute"
     recompute: str | None = None
     per_token_loss: bool = True
+    compiled: bool = False
 
     @property
     def world_size(self) -> int:
@@ -70,12 +75,18 @@ class Layout:
         parts += ["tied" if self.tied else "untied", self.normalization] + ["swiglu"] * self.swiglu
         parts += [f"gqa{self.query_groups}"] * (self.query_groups != 8) + [self.positions.split("_")[0]]
         parts += [f"recompute-{self.recompute}"] * (self.recompute is not None)
+        parts += ["mean-of-means"] * (not self.per_token_loss) + ["compiled"] * self.compiled
         return "-".join(parts)
 
     @property
     def model(self) -> "Layout":
-        """The same model on one process: what its reference is computed with."""
+        """The same model on one process: what its reference is computed with.
+
+        The mean of micro-batch means is another objective for each number of micro-batches, so that number is kept.
+        """
         return Layout(
+            accumulation=1 if self.per_token_loss else self.dp * self.accumulation,
+            per_token_loss=self.per_token_loss,
             tied=self.tied,
             normalization=self.normalization,
             swiglu=self.swiglu,
@@ -178,8 +189,8 @@ def reference(layout: Layout, steps: int) -> Result:
     for step in range(steps):
         optimizer.zero_grad()
         batch = global_batch(step)
-        loss = _plain_loss(model, batch)
-        loss.backward()
+        objective, loss = _plain_losses(model, batch, layout)
+        objective.backward()
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         if result is None:
@@ -192,11 +203,16 @@ def reference(layout: Layout, steps: int) -> Result:
     return result
 
 
-def _plain_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _plain_losses(model: nn.Module, batch: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    """What is minimized, and what is reported: the mean over tokens, which is also minimized by default."""
     logits = model(batch["tokens"], batch["position_ids"], None)
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["loss_mask"].flatten()
-    return (losses * mask).sum() / mask.sum()
+    mean = (losses * mask).sum() / mask.sum()
+    if layout.per_token_loss:
+        return mean, mean
+    parts = zip((losses * mask).chunk(layout.model.accumulation), mask.chunk(layout.model.accumulation), strict=True)
+    return torch.stack([part.sum() / valid.sum().clamp(min=1) for part, valid in parts]).mean(), mean
 
 
 def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: str | None = None) -> Result | None:
@@ -211,28 +227,73 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
         dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         dp_rank = parallel_state.get_data_parallel_rank()
 
-        forward_backward(model, optimizer, micro_batches(layout, 0, dp_rank), dp_cp_group=dp_cp_group)
+        first = micro_batches(layout, 0, dp_rank)
+        forward_backward(model, optimizer, first, dp_cp_group=dp_cp_group, per_token_loss=layout.per_token_loss)
         finalize_model_grads(model, tp_group)
         gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
         outputs = []
         for step in range(steps):
             batches = micro_batches(layout, step, dp_rank)
-            outputs.append(train_step(model, optimizer, batches, tp_group=tp_group, dp_cp_group=dp_cp_group))
+            outputs.append(
+                train_step(
+                    model,
+                    optimizer,
+                    batches,
+                    tp_group=tp_group,
+                    dp_cp_group=dp_cp_group,
+                    per_token_loss=layout.per_token_loss,
+                )
+            )
         weights = {name: whole(p) for name, p in model.named_parameters()}
+    if broken is None:
+        # T4: only rank 0 reports, so the others' copies of replicated parameters are compared here, bit for bit.
+        verify_replicas(model, tp_group, parallel_state.get_dense_mesh()["dp_replicate"].get_group())
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]
     return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights)
 
 
-def build(layout: Layout) -> tuple[nn.Module, MegatronOptimizer]:
+class _HeldOut:
+    """Two global batches that training does not see."""
+
+    def __init__(self, layout: Layout, dp_rank: int) -> None:
+        self._batches = (micro_batches(layout, step, dp_rank) for step in (100, 101))
+
+    def next_global_batch(self, num_microbatches: int) -> list[dict[str, Tensor]]:
+        return next(self._batches)
+
+
+def train_and_evaluate(rank: int, world_size: int, layout: Layout, evaluating: bool) -> tuple[list[float], list[float]]:
+    """Losses of two steps with dropout, and the held-out loss before each of them if `evaluating`."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        num_distributed_optimizer_instances=layout.dp if layout.strategy == "no_shard" else layout.replicas,
+    )
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dp_rank = parallel_state.get_data_parallel_rank()
+    model, optimizer = build(layout, dropout=0.1)
+    set_random_seed(SEED)
+    losses, held_out = [], []
+    for step in range(2):
+        if evaluating:
+            stream: Any = _HeldOut(layout, dp_rank)
+            mean = evaluate(model, stream, iterations=2, num_microbatches=layout.accumulation, dp_cp_group=dp_cp_group)
+            held_out.append(mean)
+        batches = micro_batches(layout, step, dp_rank)
+        losses.append(train_step(model, optimizer, batches, tp_group=tp_group, dp_cp_group=dp_cp_group).loss.item())
+    return losses, held_out
+
+
+def build(layout: Layout, dropout: float = 0.0) -> tuple[nn.Module, MegatronOptimizer]:
     """The model at this rank of a layout, and its SGD optimizer."""
     ddp = DistributedDataParallelConfig(
         data_parallel_sharding_strategy=layout.strategy, num_distributed_optimizer_instances=layout.replicas
     )
     model = build_model(
-        transformer_config(layout),
+        replace(transformer_config(layout), hidden_dropout=dropout, attention_dropout=dropout),
         gpt_config(layout),
         ddp,
         vocab_size=VOCABULARY,
@@ -240,6 +301,9 @@ def build(layout: Layout) -> tuple[nn.Module, MegatronOptimizer]:
         device=torch.device("cpu"),
         seed=SEED,
     )
+    if layout.compiled:
+        for layer in model.decoder.layers.values():  # type: ignore[union-attr, operator]
+            layer.compile(fullgraph=True, backend="aot_eager")
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, clip_grad=CLIP

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 
-from tests.parallel.layouts import Layout, Result, deviations, reference, run_layout
+from tests.parallel.layouts import Layout, Result, deviations, reference, run_layout, train_and_evaluate
 
 STEPS = 20
 GRADIENT_BOUND = 1e-9
@@ -37,6 +37,8 @@ LAYOUTS = [
     Layout(tp=2, sp=True, dp=2, strategy="optim_grads", accumulation=2, recompute="selective"),
     Layout(tp=2, sp=True, dp=2, strategy="optim_grads_params", recompute="uniform", swiglu=True),
     Layout(tp=2, dp=2, strategy="optim_grads_params", recompute="block", tied=False),
+    Layout(dp=2, strategy="optim_grads", accumulation=3, per_token_loss=False),
+    Layout(tp=2, sp=True, dp=2, strategy="optim_grads_params", accumulation=2, compiled=True),
 ]
 
 
@@ -57,6 +59,21 @@ def test_layout_equals_one_process(pool, layout):
     assert found["gradients"] <= GRADIENT_BOUND, found
     assert found["losses"] <= WEIGHT_BOUND, found
     assert found["weights"] <= WEIGHT_BOUND, found
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[10], LAYOUTS[18]], ids=lambda layout: layout.name)
+def test_evaluation_equals_one_process_and_moves_nothing(pool, layout):
+    """T55: the held-out loss at every layout, and dropout draws on as if nobody had evaluated.
+
+    Mutations: average the ranks' means; do not reshard after the evaluation; leave the dropout on.
+    """
+    _, held_out = pool.run(train_and_evaluate, layout.model, True, world_size=1)[0]
+    found = pool.run(train_and_evaluate, layout, True, world_size=layout.world_size)
+    undisturbed = pool.run(train_and_evaluate, layout, False, world_size=layout.world_size)
+    for (losses, means), (expected, _) in zip(found, undisturbed, strict=True):
+        assert losses == expected
+        assert means[0] == pytest.approx(held_out[0], rel=1e-9)
+        assert means[1] != means[0]
 
 
 def test_reference_trains():
