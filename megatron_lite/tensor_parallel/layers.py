@@ -44,6 +44,15 @@ def local_in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return shard if shard.dtype == dtype else shard.to(dtype)
 
 
+def look_up(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table, [...] x [n, h] -> [..., h], whose gradients are summed in at least float32.
+
+    Off the GPU torch sums them in the dtype of the table, where half precision loses most of a frequent id: with data
+    parallelism the table is a cast copy, so the result is float32 there; the sums are rounded once, at the end.
+    """
+    return F.embedding(ids, table if table.is_cuda else table.to(torch.promote_types(table.dtype, torch.float32)))
+
+
 class _ParallelLinear(nn.Module):
     """What the column and the row layer share: the group, the checks and the form of the output."""
 
@@ -346,11 +355,11 @@ class VocabParallelEmbedding(nn.Module):
         """
         weight = local(self.weight)
         if self.tp_size == 1:
-            output = F.embedding(input_, weight)
+            output = look_up(input_, weight)
         else:
             elsewhere = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
             rows = (input_ - self.vocab_start_index).masked_fill(elsewhere, 0)
-            output = F.embedding(rows, weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+            output = look_up(rows, weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         output = output.to(self.config.params_dtype)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(output.transpose(0, 1).contiguous(), self.tp_group)

@@ -1,11 +1,10 @@
 """The embedding of tokens and, for learned positions, of their positions."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.process_groups import ProcessGroupCollection
-from megatron_lite.tensor_parallel.layers import VocabParallelEmbedding
+from megatron_lite.tensor_parallel.layers import VocabParallelEmbedding, look_up
 from megatron_lite.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron_lite.tensor_parallel.parameters import create_parameter, local
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
@@ -32,7 +31,7 @@ class PositionEmbedding(MegatronModule):
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Look the positions up: [...] -> [..., h]."""
-        return F.embedding(position_ids, local(self.weight))
+        return look_up(position_ids, local(self.weight))
 
 
 class LanguageModelEmbedding(MegatronModule):

@@ -11,6 +11,7 @@ from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
 from megatron_lite.model_parallel_config import ModelParallelConfig
 from megatron_lite.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, local
+from megatron_lite.tensor_parallel.layers import look_up
 from megatron_lite.tensor_parallel.linear import linear_with_grad_accumulation_and_async_allreduce
 
 CONFIG = ModelParallelConfig()
@@ -56,6 +57,16 @@ def test_an_embedding_alone() -> None:
         layer(torch.tensor([[10]]))
     transposed = VocabParallelEmbedding(10, 4, config=CONFIG, reduce_scatter_embeddings=True)
     assert transposed(ids).shape == (3, 1, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_frequent_id_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """T25. 3000 times one: bfloat16 stops counting at 256, float16 at 2048. Mutation: F.embedding on the table itself."""
+    table = torch.zeros(4, 2, dtype=dtype, requires_grad=True)
+    look_up(torch.full((3000,), 1), table).sum().backward()
+    assert table.grad is not None
+    assert table.grad.dtype == dtype
+    assert table.grad[1].tolist() == torch.tensor([3000.0, 3000.0]).to(dtype).tolist()
 
 
 def test_one_process_takes_no_detour_through_an_autograd_function() -> None:
