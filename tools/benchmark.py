@@ -10,6 +10,7 @@ what the numbers mean.
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from benchmarks.measure import Measured, Side, configuration, measure  # noqa: E
 from megatron_lite.errors import ConfigError  # noqa: E402
 from megatron_lite.training.initialize import training_device  # noqa: E402
 
-DEFAULT_CONFIG = ROOT / "benchmarks" / "configs" / "gpt_cpu.yaml"
+# Relative, because results repeat it and are read on other machines.
+DEFAULT_CONFIG = os.path.relpath(ROOT / "benchmarks" / "configs" / "gpt_cpu.yaml")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="Preset; default %(default)s.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="Preset; default %(default)s.")
     parser.add_argument(
         "--against",
         default="plain",
