@@ -61,7 +61,7 @@ def test_an_embedding_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_a_frequent_id_is_summed_in_float32(dtype: torch.dtype) -> None:
-    """T25. 3000 times one: bfloat16 stops counting at 256, float16 at 2048. Mutation: F.embedding on the table itself."""
+    """T25. 3000 times one: bfloat16 stops at 256, float16 at 2048. Mutation: F.embedding on the table itself."""
     table = torch.zeros(4, 2, dtype=dtype, requires_grad=True)
     look_up(torch.full((3000,), 1), table).sum().backward()
     assert table.grad is not None
