@@ -22,9 +22,17 @@ mkdir -p "$RUN"
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 RANKS=$((GPUS > 0 ? GPUS : 2))
 TENSOR_PARALLEL=$((GPUS > 0 ? (GPUS % 2 == 0 ? 2 : 1) : 2))
+# Each data parallel rank takes micro-batches of 8 sequences (configs/quickstart.yaml); at least 16 a step.
+DATA_PARALLEL=$((RANKS / TENSOR_PARALLEL))
+GLOBAL_BATCH=$((DATA_PARALLEL > 2 ? DATA_PARALLEL * 8 : 16))
 # Without this torchrun gives each process one thread, and says so at length.
 CORES=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))}"
+# bfloat16 where it is multiplied natively: on GPUs and on newer CPUs.
+PRECISION=()
+if [ "$GPUS" -gt 0 ] || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
+    PRECISION=(--bf16)
+fi
 echo "torch $(python -c 'import torch; print(torch.__version__)'), $RANKS processes, tensor parallel $TENSOR_PARALLEL, results in $RUN"
 
 step 2 "Corpus: the Python standard library"
@@ -41,7 +49,7 @@ ls -lh "$RUN"/corpus_text_document.* | awk '{print $5, $NF}'
 
 step 4 "Training"
 torchrun --nproc-per-node "$RANKS" pretrain_gpt.py --config configs/quickstart.yaml \
-    --tensor-model-parallel-size "$TENSOR_PARALLEL" \
+    --tensor-model-parallel-size "$TENSOR_PARALLEL" --global-batch-size "$GLOBAL_BATCH" ${PRECISION[@]+"${PRECISION[@]}"} \
     --data-path "$RUN/corpus_text_document" --data-cache-path "$RUN/cache" \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model" \
     --save "$RUN/checkpoints" --load "$RUN/checkpoints" \
