@@ -302,6 +302,7 @@ def build(layout: Layout, dropout: float = 0.0) -> tuple[nn.Module, MegatronOpti
         seed=SEED,
     )
     if layout.compiled:
+        torch.compiler.reset()  # what other tests compiled in this process counts towards torch's limit
         for layer in model.decoder.layers.values():  # type: ignore[union-attr, operator]
             layer.compile(fullgraph=True, backend="aot_eager")
     optimizer = get_megatron_optimizer(
