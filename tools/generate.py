@@ -51,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = parallel_state.local_cuda_device()
         torch.cuda.set_device(device)
     try:
         if ranks > 1:
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+        sampling = sampling_of(arguments)
         prompt = read_prompt(arguments)
         loaded = load_model(
             arguments.load,
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=device,
             tokenizer_model=arguments.tokenizer_model,
         )
-        write_samples(loaded, prompt, arguments, device)
+        write_samples(loaded, prompt, sampling, arguments, device)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,13 +80,30 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         return str(arguments.prompt)
     if arguments.prompt_file is not None:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8")
+        try:
+            return Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--prompt-file {arguments.prompt_file} is not text in UTF-8: {error}") from error
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("under torchrun there is one standard input for many ranks; give --prompt or --prompt-file.")
     return sys.stdin.read()
 
 
-def write_samples(loaded: LoadedModel, prompt: str, arguments: argparse.Namespace, device: torch.device) -> None:
+def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
+    """How tokens are drawn, validated before anything is loaded."""
+    sampling = SamplingConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(SamplingConfig)})
+    problems = sampling.violations()
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(arguments, name) < 1:
+            problems.append(f"{name} is {getattr(arguments, name)}, but must be at least 1: write 1 or more.")
+    if problems:
+        raise ConfigError.from_violations(problems)
+    return sampling
+
+
+def write_samples(
+    loaded: LoadedModel, prompt: str, sampling: SamplingConfig, arguments: argparse.Namespace, device: torch.device
+) -> None:
     """Write each continuation as it grows, and a line on the speed to the standard error."""
     writing = int(os.environ.get("RANK", "0")) == 0
 
@@ -96,15 +114,16 @@ def write_samples(loaded: LoadedModel, prompt: str, arguments: argparse.Namespac
     tokenizer = loaded.tokenizer
     # A text begins where the one before it ended.
     ids = tokenizer.tokenize(prompt) or [tokenizer.eod]
+    if not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise ConfigError(f"the prompt holds ids from {min(ids)} to {max(ids)}, but there are {tokenizer.vocab_size}.")
     tokens = torch.tensor([ids], device=device)
-    chosen = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingConfig)}
     count, started = 0, time.perf_counter()
     for number in range(arguments.num_samples):
-        sampling = SamplingConfig(**chosen | {"seed": arguments.seed + number})
+        draw = dataclasses.replace(sampling, seed=sampling.seed + number)
         stream = TextStream(tokenizer.detokenize, ids)
         show(f"--- sample {number + 1} of {arguments.num_samples} ---\n" if arguments.num_samples > 1 else "")
         show(prompt)
-        for drawn in generate_tokens(loaded.model, tokens, arguments.max_new_tokens, sampling, tokenizer.eod):
+        for drawn in generate_tokens(loaded.model, tokens, arguments.max_new_tokens, draw, tokenizer.eod):
             count += 1
             token = int(drawn[0])
             if token != tokenizer.eod:

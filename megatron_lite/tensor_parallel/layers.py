@@ -50,7 +50,9 @@ def look_up(ids: Tensor, table: Tensor) -> Tensor:
     Off the GPU torch sums them in the dtype of the table, where half precision loses most of a frequent id: with data
     parallelism the table is a cast copy, so the result is float32 there; the sums are rounded once, at the end.
     """
-    return F.embedding(ids, table if table.is_cuda else table.to(torch.promote_types(table.dtype, torch.float32)))
+    if torch.is_grad_enabled() and not table.is_cuda:
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+    return F.embedding(ids, table)
 
 
 class _ParallelLinear(nn.Module):
