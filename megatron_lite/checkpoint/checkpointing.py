@@ -89,7 +89,8 @@ def save_checkpoint(
         keep_last: how many of the newest checkpoints to keep; None keeps all.
         retain_interval: checkpoints whose iteration is a multiple of it are kept for good.
         save_rng: store the random number streams of every rank.
-        check_replicas: first compare the copies of replicated parameters (`verify_replicas`), a few milliseconds.
+        check_replicas: first compare the copies of replicated parameters (`verify_replicas`), a few milliseconds. If
+            they differ a warning names them and the first copy is saved: losing the run would be worse.
 
     Returns:
         The folder of the checkpoint.
@@ -101,10 +102,9 @@ def save_checkpoint(
     what = f"Saving the checkpoint of iteration {iteration} to {root}"
     _print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
     chunks = _as_list(model_chunks)
+    if check_replicas and parallel_state.model_parallel_is_initialized():
+        _warn_of_drift(chunks)
     try:
-        if check_replicas and parallel_state.model_parallel_is_initialized():
-            replicas = parallel_state.get_dense_mesh()["dp_replicate"].get_group()
-            verify_replicas(chunks, parallel_state.get_tensor_model_parallel_group(), replicas)
         folder = Path(from_rank_zero(what, lambda: str(folders.open_temporary_folder(root, iteration))))
         write_tensors(what, folder, agreed(what, lambda: _tensors_to_save(chunks, optimizer, save_rng)))
         common = {
@@ -202,6 +202,16 @@ def load_weights(folder: str | Path, model_chunks: nn.Module | Sequence[nn.Modul
     folder = Path(folder)
     reader = agreed(f"Reading {folder}", lambda: SafeFileSystemReader(folder))
     read_tensors(reader, _tensors_to_load(_as_list(model_chunks), None, reader, folder))
+
+
+def _warn_of_drift(chunks: list[nn.Module]) -> None:
+    replicas = parallel_state.get_dense_mesh()["dp_replicate"].get_group()
+    try:
+        verify_replicas(chunks, parallel_state.get_tensor_model_parallel_group(), replicas)
+    except CheckpointError as error:
+        _print_rank_0(
+            f"WARNING: {error}\nThe checkpoint holds the copy of the first rank; resuming from it ends the drift."
+        )
 
 
 def _tensors_to_save(chunks: list[nn.Module], optimizer: StatefulOptimizer | None, save_rng: bool) -> dict[str, Tensor]:

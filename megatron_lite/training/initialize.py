@@ -50,8 +50,12 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     set_random_seed(config.rng.seed)
     try:
         yield device
-    finally:
-        parallel_state.shutdown()
+    except BaseException:
+        # Taking groups down waits for the other ranks, which may never come; the error must be seen before that.
+        if config.world_size == 1:
+            parallel_state.shutdown()
+        raise
+    parallel_state.shutdown()
 
 
 def initialize_parallel_groups(config: RunConfig) -> None:

@@ -5,6 +5,8 @@ up rows not interleaved; the dropout streams not restored; a failure of one rank
 of replicas dropped, or made over the wrong group.
 """
 
+import contextlib
+import io
 import os
 import random
 from collections.abc import Mapping
@@ -353,9 +355,15 @@ def drift(rank: int, world_size: int, layout: Layout, name: str, drifting: int, 
     parameter = local(dict(model.named_parameters())[name].detach())
     if rank == drifting:
         parameter.view(-1)[:1].copy_(torch.nextafter(parameter.view(-1)[:1], torch.tensor([9.0], dtype=torch.float64)))
-    with pytest.raises(CheckpointError) as caught:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
         save_checkpoint(root, 1, model, optimizer, {}, config_dict={})
-    assert read_tracker(root) is None
+    assert read_tracker(root) == 1
+    with pytest.raises(CheckpointError) as caught:
+        verify_replicas(model, parallel_state.get_tensor_model_parallel_group(), replicas)
+    if rank == 0:
+        assert "WARNING" in said.getvalue()
+        assert str(caught.value) in said.getvalue()
     return str(caught.value)
 
 
@@ -368,7 +376,7 @@ def drift(rank: int, world_size: int, layout: Layout, name: str, drifting: int, 
     ],
     ids=["tp2", "tp2-dp2", "dp2"],
 )
-def test_replicas_that_drifted_apart_are_not_saved(
+def test_replicas_that_drifted_apart_are_named(
     pool: WorkerPool, tmp_path: Path, layout: Layout, name: str, whose: str
 ) -> None:
     for message in pool.run(drift, layout, name, 1, str(tmp_path), world_size=layout.world_size):
