@@ -25,7 +25,7 @@ from megatron_lite.tokenizers import build_tokenizer
 from megatron_lite.training.initialize import initialize_parallel_groups
 from megatron_lite.training.setup import build_gpt
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,9 @@ def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:
         "activations (estimate)": memory.activations,
         "sum": memory.total,
     }
+    unit, name_of_unit = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
     for name, size in rows.items():
-        yield f"{name:<28} {size / GIB:>10.3f} GiB"
+        yield f"{name:<28} {size / unit:>10.3f} {name_of_unit}"
     yield "Not counted: temporary buffers, the loss of one chunk of tokens, the allocator's fragmentation."
 
 

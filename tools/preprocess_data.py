@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress = Progress(inputs, arguments.log_interval)
         with progress.bar:
             summary = preprocess(config, progress)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_summary(summary)

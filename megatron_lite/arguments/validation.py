@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
+from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
 from megatron_lite.transformer.transformer_config import divisors, nearest_multiples
 
 NOT_YET = {
@@ -61,9 +61,9 @@ def _required(run: RunConfig) -> Iterator[str]:
     }
     for name, value in needed.items():
         flag = "--" + name.replace("_", "-")
-        if value is None or value == 0:
+        if value is None or (value == 0 and name != "seq_length"):
             yield f"{name} is not given, but every model has one: write {flag} N, or start from a preset in configs/."
-        elif value < 0:
+        elif value < 0 and name != "seq_length":
             yield f"{name} is {value}, but must be at least 1: write {flag} 1 or more."
     if run.dry_run:
         return
@@ -143,7 +143,7 @@ def _batch(run: RunConfig) -> Iterator[str]:
         return
     last_size = training.global_batch_size
     try:
-        last_size = build_num_microbatches_calculator(
+        calculator = build_num_microbatches_calculator(
             training.rampup_batch_size,
             training.global_batch_size,
             training.micro_batch_size,
@@ -151,7 +151,9 @@ def _batch(run: RunConfig) -> Iterator[str]:
             training.decrease_batch_size_if_needed,
             training.step_batch_size_schedule,
             run.data.seq_length or None,
-        ).schedule.steps[-1][1]
+        )
+        last_size = calculator.schedule.steps[-1][1]
+        yield from _growth(run, calculator)
     except ConfigError as error:
         yield str(error)
     if training.rampup_batch_size is not None and training.train_iters is not None:
@@ -165,6 +167,28 @@ def _batch(run: RunConfig) -> Iterator[str]:
             f"{training.step_batch_size_schedule!r} ends at {last_size}: write --global-batch-size {last_size}, or "
             "leave it out."
         )
+
+
+def _growth(run: RunConfig, calculator: NumMicroBatchesCalculator) -> Iterator[str]:
+    """Sizes of a growing batch that this layout cannot divide, told now and not when the run reaches them.
+
+    With --load, sizes before the first that fits may belong to an earlier part of the run, on fewer ranks.
+    """
+    chunk = calculator.micro_batch_size * calculator.data_parallel_size
+    sizes = [size for _, size in calculator.schedule.steps]
+    fitting = [position for position, size in enumerate(sizes) if size % chunk == 0]
+    begin = fitting[0] if fitting and run.checkpoint.load is not None else 0
+    misfits = [size for size in sizes[begin:] if size % chunk]
+    if len(sizes) > 1 and misfits and not calculator.decrease_batch_size_if_needed:
+        yield (
+            f"the batch grows over the sizes {', '.join(map(str, misfits))}, which are no multiples of "
+            f"micro_batch_size ({calculator.micro_batch_size}) x data parallel size "
+            f"({calculator.data_parallel_size}) = {chunk}: choose sizes that are, or --decrease-batch-size-if-needed."
+        )
+    samples = run.training.train_samples
+    if samples is not None and samples > 0 and not misfits and calculator.iterations(samples) == 0:
+        first = max(sizes[0], chunk)
+        yield f"train_samples is {samples}, but the first step takes {first}: write --train-samples {first} or more."
 
 
 def _duration(run: RunConfig) -> Iterator[str]:
@@ -205,6 +229,21 @@ def _features(run: RunConfig) -> Iterator[str]:
             f"{granularity} and sequence_parallel {sizes.sequence_parallel}, but it splits what full recomputation "
             "stores over tensor ranks, as sequence parallelism does already: write --recompute-granularity full and "
             "--tensor-model-parallel-size above 1 without --sequence-parallel, or leave it out."
+        )
+    ranks = [rank for rank in run.profiling.profile_ranks if not 0 <= rank < run.world_size]
+    if ranks:
+        yield f"profile_ranks names {ranks}, but there are ranks 0 to {run.world_size - 1}: choose among these."
+    rotated = int((sizes.kv_channels or 0) * run.gpt.rotary_percent)
+    if run.gpt.position_embedding_type in ("rope", "yarn") and (rotated < 2 or rotated % 2):
+        yield (
+            f"rotary_percent {run.gpt.rotary_percent} of kv_channels {sizes.kv_channels} makes {rotated} rotated "
+            "channels, but they are rotated in pairs: choose --kv-channels and --rotary-percent whose product is even."
+        )
+    starts_from_nothing = run.checkpoint.load is None and run.checkpoint.pretrained_checkpoint is None
+    if not sizes.perform_initialization and starts_from_nothing and not run.dry_run:
+        yield (
+            "no_initialization is set, but no weights are loaded either: write --load or --pretrained-checkpoint, or "
+            "leave it out."
         )
     if run.training.compile and (sizes.attention_dropout or (sizes.hidden_dropout and sizes.sequence_parallel)):
         yield (

@@ -119,6 +119,12 @@ class GPTDataset(MegatronDataset):
             part = self.dataset.get(int(self.document_index[position]), offset, length)
             text[filled : filled + len(part)] = part
             filled += len(part)
+        largest, vocab_size = int(text.max()), self.config.tokenizer.vocab_size
+        if largest >= vocab_size:
+            raise ConfigError(
+                f"{self.dataset_path} holds the token {largest}, but the vocabulary has {vocab_size} ids: name the "
+                "tokenizer that made the data, or give its --vocab-size."
+            )
         return text
 
     def _build_document_sample_shuffle_indices(self) -> GPTIndices:

@@ -27,7 +27,10 @@ class NullTokenizer(MegatronTokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         """`"3 1 4"` gives `[3, 1, 4]`."""
-        return [int(number) for number in text.split()]
+        try:
+            return [int(number) for number in text.split()]
+        except ValueError as error:
+            raise ConfigError(f"NullTokenizer reads numbers between spaces, not {text[:40]!r}.") from error
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """`[3, 1, 4]` gives `"3 1 4"`."""

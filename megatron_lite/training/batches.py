@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megatron_lite.errors import ConfigError
+
 MicroBatch = dict[str, torch.Tensor]
 """tokens, labels, position_ids: int64 [b, s]; loss_mask: float [b, s]; optionally attention_mask: bool [b, 1, s, s]."""
 
@@ -21,6 +23,7 @@ class MicroBatchStream:
         """The next `num_microbatches` micro-batches of this rank.
 
         Raises:
+            ConfigError: the data do not fit the run.
             RuntimeError: the dataset has fewer samples than the run asked for.
         """
         batches = []
@@ -33,6 +36,9 @@ class MicroBatchStream:
                     "This happens when --train-iters or the batch size grew after the start; delete --data-cache-path "
                     "and start the run again with --load."
                 ) from None
+            except ConfigError as error:
+                # A worker process wraps its message in its traceback.
+                raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from error
             batches.append(
                 {
                     name: tensor.to(self._device, non_blocking=True)

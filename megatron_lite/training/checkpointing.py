@@ -1,13 +1,21 @@
 """What a run puts into its checkpoints and takes out of them."""
 
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from megatron_lite.arguments import RunConfig
 from megatron_lite.checkpoint import load_checkpoint, read_tracker, save_checkpoint
 from megatron_lite.distributed import reshard_parameters
+from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
+from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.progress import Progress
 
 
@@ -35,12 +43,31 @@ def save(
     )
 
 
+def make_save_folder(folder: str | None) -> None:
+    """Find out before training, not at the first save, that checkpoints can be written; the first rank tries.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    if folder is None or dist.get_rank() != 0:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"save is {folder!r}, where nothing can be written ({error}): write --save with another folder."
+        ) from error
+
+
 def load(
     config: RunConfig, model: nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler | None
 ) -> Progress:
     """Continue from --load, else start from the weights of --pretrained-checkpoint, else from the initial weights.
 
-    A run that does not train has no scheduler.
+    A run that does not train has no scheduler. Settings that change what the weights or the position in the data mean
+    are reported where they differ from the checkpoint's.
 
     Returns:
         Where the run continues.
@@ -49,6 +76,11 @@ def load(
     root, finetune = checkpoint.load, checkpoint.finetune
     if checkpoint.pretrained_checkpoint and (root is None or read_tracker(root) is None):
         root, finetune = checkpoint.pretrained_checkpoint, True
+        if read_tracker(root) is None and checkpoint.ckpt_step is None:
+            raise ConfigError(
+                f"pretrained_checkpoint is {root!r}, but there is no checkpoint: name a folder that --save wrote to, "
+                "or leave it out to start from initial weights."
+            )
     if root is None:
         return Progress()
     state = load_checkpoint(
@@ -61,8 +93,54 @@ def load(
         ckpt_step=checkpoint.ckpt_step,
         exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint,
     )
+    if state is not None:
+        for line in changed_settings(config, state.config, finetune):
+            print_rank_0(f"WARNING: {line}")
     if state is None or finetune:
         return Progress()
     if scheduler is not None:
         scheduler.load_state_dict(state.extra["scheduler"])
     return Progress(**state.extra["progress"])
+
+
+# Weights fit whatever these say, but were trained for one value.
+OF_THE_MODEL = {
+    "transformer": (
+        "num_attention_heads",
+        "num_query_groups",
+        "normalization",
+        "layernorm_zero_centered_gamma",
+        "swiglu",
+        "geglu",
+        "quick_geglu",
+        "squared_relu",
+        "window_size",
+        "apply_residual_connection_post_layernorm",
+    ),
+    "gpt": (
+        "position_embedding_type",
+        "rotary_base",
+        "rotary_percent",
+        "rotary_interleaved",
+        "rotary_seq_len_interpolation_factor",
+        "use_rope_scaling",
+    ),
+}
+# The position of a run counts samples in an order that these decide.
+OF_THE_DATA = {
+    "rng": ("seed",),
+    "data": ("seq_length", "data_path", "train_data_path", "split", "mock_data", "dataloader_type"),
+}
+
+
+def changed_settings(config: RunConfig, stored: Mapping[str, Any], finetune: bool) -> Iterator[str]:
+    """One line for each setting whose change makes something else of the checkpoint's weights or position."""
+    groups = OF_THE_MODEL if finetune else OF_THE_MODEL | OF_THE_DATA
+    # By way of JSON, as the stored settings came: tuples are lists.
+    current = json.loads(json.dumps(config.to_dict()))
+    for group, names in groups.items():
+        before = stored.get(group, {})
+        for name in names:
+            if name in before and before[name] != current[group][name]:
+                what = "the weights were trained" if group in OF_THE_MODEL else "the samples so far were drawn"
+                yield f"{name} is {current[group][name]}, but {what} with {before[name]}."

@@ -55,8 +55,18 @@ class TrainingConfig(Validated):
         """Every broken rule of this group, one sentence each."""
         found = super().violations()
         found += _not_positive(
-            self, "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "exit_interval"
+            self,
+            "micro_batch_size",
+            "global_batch_size",
+            "train_iters",
+            "train_samples",
+            "exit_interval",
+            "exit_duration_in_mins",
         )
+        if min(self.iterations_to_skip, default=1) < 1:
+            found.append(
+                f"iterations_to_skip is {self.iterations_to_skip}, but iterations count from 1: write 1 or more."
+            )
         if self.micro_batch_size is None:
             found.append("micro_batch_size is not given, but a step needs it: write --micro-batch-size N.")
         if self.train_iters is not None and self.train_samples is not None:
@@ -136,8 +146,8 @@ class RNGConfig(Validated):
     def violations(self) -> list[str]:
         """Every broken rule of this group, one sentence each."""
         found = super().violations()
-        if self.seed < 0:
-            found.append(f"seed is {self.seed}, but must be 0 or more.")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed is {self.seed}, but must be 0 or more, and below 2^32 = {2**32}.")
         return found
 
 

@@ -60,11 +60,13 @@ class Profiler(Hook):
         self.folder = folder
         self.rank = dist.get_rank()
         self._profile: Any = None
+        self._started = self.rank not in (config.profile_ranks or [0])
 
     def before_step(self, iteration: int) -> None:
         """Start at `--profile-step-start`."""
         if iteration != self.config.profile_step_start or self.rank not in (self.config.profile_ranks or [0]):
             return
+        self._started = True
         if torch.cuda.is_available() and not self.config.use_pytorch_profiler:
             torch.cuda.cudart().cudaProfilerStart()
             return
@@ -84,7 +86,10 @@ class Profiler(Hook):
             self.close()
 
     def close(self) -> None:
-        """Write the trace, if one is being taken."""
+        """Write the trace, if one is being taken; say so if none ever was."""
+        if not self._started:
+            print(f"nothing was profiled: no iteration {self.config.profile_step_start} was run", flush=True)
+            self._started = True
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
             self.folder.mkdir(parents=True, exist_ok=True)

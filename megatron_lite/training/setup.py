@@ -20,6 +20,7 @@ from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler, 
 from megatron_lite.tensor_parallel.parameters import initialize_parameters
 from megatron_lite.tokenizers import MegatronTokenizer
 from megatron_lite.training.batches import MicroBatchStream
+from megatron_lite.training.checkpointing import make_save_folder
 from megatron_lite.training.hooks import build_hooks
 from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.metrics import MetricsBuffer
@@ -68,12 +69,16 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
     """The model of a run, announced with its number of parameters.
 
     Raises:
-        ConfigError: the tokenizer makes ids that the model has no embedding for.
+        ConfigError: the tokenizer makes ids that the model has no embedding for, or the device lacks what is asked for.
     """
     if config.gpt.vocab_size is not None and config.gpt.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size is {config.gpt.vocab_size}, but must hold the {tokenizer.vocab_size} ids of the tokenizer: "
             f"write --vocab-size {tokenizer.vocab_size}, or leave it out."
+        )
+    if config.transformer.attention_backend == "fused" and device.type == "cpu":
+        raise ConfigError(
+            "attention_backend is fused, which is cuDNN's and needs a GPU, but this run is on the CPU: write auto."
         )
     model = build_model(
         config.transformer,
@@ -164,6 +169,20 @@ def data_streams(
     return streams
 
 
+def check_splits(config: RunConfig, train: MicroBatchStream | None, valid: MicroBatchStream | None) -> None:
+    """Say if nothing will be evaluated.
+
+    Raises:
+        ConfigError: there is nothing to train on.
+    """
+    if train is None and not config.validation.skip_train:
+        raise ConfigError(
+            f"the training split is empty: give it a share (split is {config.data.split!r}) or name --train-data-path."
+        )
+    if valid is None and config.validation.eval_iters > 0:
+        print_rank_0("note: there are no validation data, so nothing is evaluated on them (--eval-iters 0 says so)")
+
+
 def assemble(
     config: RunConfig,
     device: torch.device,
@@ -176,7 +195,9 @@ def assemble(
     """Everything the loop needs, once weights and progress are known."""
     calculator = batch_calculator_of(config)
     iterations = total_iterations(config, calculator)
+    make_save_folder(config.checkpoint.save)
     train, valid, test = data_streams(config, tokenizer, progress, iterations, device)
+    check_splits(config, train, valid)
     is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     padded = model.padded_vocab_size
     assert isinstance(padded, int)

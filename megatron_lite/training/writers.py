@@ -7,7 +7,8 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_lite.errors import ConfigError
@@ -103,15 +104,19 @@ class Writers:
         """Open what `config` asks for; `first_iteration` is the one about to be trained."""
         self.config = config
         self.active = active
-        self._json = JsonLines(config.metrics_jsonl, first_iteration) if active and config.metrics_jsonl else None
+        self._json: JsonLines | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
+        if active and config.metrics_jsonl:
+            with _writable("metrics_jsonl", config.metrics_jsonl):
+                self._json = JsonLines(config.metrics_jsonl, first_iteration)
         if active and config.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(
-                log_dir=config.tensorboard_dir, max_queue=config.tensorboard_queue_size, purge_step=first_iteration
-            )
+            with _writable("tensorboard_dir", config.tensorboard_dir):
+                self._tensorboard = SummaryWriter(
+                    log_dir=config.tensorboard_dir, max_queue=config.tensorboard_queue_size, purge_step=first_iteration
+                )
         if active and config.wandb_project:
             self._wandb = _start_wandb(config, run_config)
 
@@ -176,6 +181,14 @@ class Writers:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+@contextmanager
+def _writable(name: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{name} is {path!r}, which cannot be written ({error}): name another place.") from error
 
 
 def _start_wandb(config: LoggerConfig, run_config: dict[str, Any]) -> Any:

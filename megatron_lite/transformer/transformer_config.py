@@ -190,10 +190,33 @@ class TransformerConfig(ModelParallelConfig):
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 found.append(f"{name} is {getattr(self, name)}, but it is a probability: 0 <= value < 1.")
-        return found + self._recompute_violations()
+        for name in ("kv_channels", "ffn_hidden_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1 and self.hidden_size > 0:
+                found.append(f"{name} is {size}, but it must be at least 1; leave it out for the default.")
+        for name in ("layernorm_epsilon", "init_method_std", "embedding_init_method_std"):
+            if (getattr(self, name) or 0.0) < 0.0:
+                found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
+        return found + self._window_violations() + self._recompute_violations()
+
+    def _window_violations(self) -> list[str]:
+        found = []
+        if self.window_size is not None and min(self.window_size) < -1:
+            found.append(f"window_size is {self.window_size}, but its parts count positions; -1 is unlimited.")
+        frequency, layers = self.window_attn_skip_freq, self.num_layers
+        if isinstance(frequency, int) and frequency < 1:
+            found.append(f"window_attn_skip_freq is {frequency}, but it must be at least 1: 1 has no window layer.")
+        if isinstance(frequency, list) and layers and (len(frequency) != layers or not set(frequency) <= {0, 1}):
+            found.append(
+                f"window_attn_skip_freq is {frequency}, but it must have a 0 (full) or 1 (window) for each of the "
+                f"{layers} layers: write {layers} of them."
+            )
+        return found
 
     def _recompute_violations(self) -> list[str]:
         found = []
+        if self.recompute_granularity == "selective" and not self.recompute_modules:
+            found.append("recompute_modules names nothing to recompute: write core_attn, mlp or layernorm.")
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 found.append(

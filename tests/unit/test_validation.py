@@ -98,6 +98,21 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (1, {"wandb_project": "p"}, ["wandb_project", "--wandb-exp-name NAME"]),
     (1, {"eval_iters": "-1"}, ["eval_iters is -1", "0 (no evaluation) or more"]),
     (1, {"seed": "-3"}, ["seed is -3", "0 or more"]),
+    (1, {"seed": "4294967296"}, ["seed is 4294967296", "below 2^32"]),
+    (1, {"exit_duration_in_mins": "0"}, ["exit_duration_in_mins is 0", "positive"]),
+    (1, {"iterations_to_skip": "0 3"}, ["iterations_to_skip is [0, 3]", "from 1"]),
+    (1, {"profile": None, "profile_ranks": "0 7"}, ["profile_ranks names [7]", "ranks 0 to 0"]),
+    (1, {"kv_channels": "0"}, ["kv_channels is 0", "at least 1"]),
+    (1, {"ffn_hidden_size": "-4"}, ["ffn_hidden_size is -4", "at least 1"]),
+    (1, {"norm_epsilon": "-1"}, ["layernorm_epsilon is -1.0", "negative"]),
+    (1, {"init_method_std": "-1"}, ["init_method_std is -1.0", "negative"]),
+    (1, {"window_size": "-5,0"}, ["window_size is (-5, 0)", "-1 is unlimited"]),
+    (1, {"window_size": "4,0", "window_attn_skip_freq": "0"}, ["window_attn_skip_freq is 0", "at least 1"]),
+    (1, {"window_size": "4,0", "window_attn_skip_freq": "[0,1,1]"}, ["[0, 1, 1]", "2 layers", "write 2"]),
+    (1, {"recompute_granularity": "selective", "recompute_modules": ""}, ["recompute_modules", "core_attn"]),
+    (1, {"position_embedding_type": "rope", "kv_channels": "7"}, ["makes 7 rotated", "pairs", "even"]),
+    (1, {"position_embedding_type": "rope", "rotary_percent": "0.1"}, ["0.1", "makes 1 rotated", "pairs"]),
+    (1, {"no_initialization": None}, ["no_initialization", "--load", "leave it out"]),
     (1, {"clip_grad": "nan"}, ["clip_grad is nan", "finite"]),
     (1, {"adam_eps": "0"}, ["adam_eps is 0.0", "positive", "1e-8"]),
     (1, {"lr_warmup_iters": "-1"}, ["lr_warmup_iters is -1", "not be negative", "write 0"]),
@@ -185,6 +200,26 @@ def test_sequence_parallelism_of_one_rank_is_switched_off_with_a_word(monkeypatc
 
 def test_evaluation_alone_needs_no_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert violations(monkeypatch, 1, words(("lr", "train_iters"), skip_train=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "misfits"), [("2 1 100", "3, 5"), ("1 1 100", "1, 3, 5"), ("2 2 100", None), ("3 3 100", "3")]
+)
+def test_a_growing_batch_is_checked_before_it_grows(
+    monkeypatch: pytest.MonkeyPatch, sizes: str, misfits: str | None
+) -> None:
+    """Micro-batches of 2. A run that resumes may have begun at a size that only fewer ranks divide."""
+    line = words(("train_iters",), train_samples="200", rampup_batch_size=sizes, global_batch_size="6")
+    found = violations(monkeypatch, 1, line)
+    assert [f"over the sizes {misfits}, which" in text for text in found] == ([True] if misfits else [])
+    assert violations(monkeypatch, 1, [*line, "--decrease-batch-size-if-needed"]) == []
+    assert bool(violations(monkeypatch, 1, [*line, "--load", "x"])) == (misfits is not None and "5" in misfits)
+
+
+def test_a_run_of_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = violations(monkeypatch, 1, words(("train_iters",), train_samples="1"))
+    assert "train_samples is 1" in found
+    assert "--train-samples 2" in found
 
 
 def test_flags_that_do_nothing_without_others_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -125,12 +125,20 @@ def test_the_prompt_may_come_from_a_file_or_the_standard_input(
 
 def test_mistakes_end_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path)
+    capsys.readouterr()
     for words, complaint in (
         (["--load", str(tmp_path / "nowhere")], "There is no checkpoint in"),
         (["--load", str(tmp_path), "--ckpt-step", "5"], "There is no checkpoint of iteration 5"),
         (["--load", str(tmp_path), "--top-p", "7"], "top_p is 7.0"),
+        (["--load", str(tmp_path), "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--load", str(tmp_path), "--num-samples", "-1"], "num_samples is -1"),
     ):
         assert generate.main([*words, "--prompt", "x"]) == 2
-        assert f"error: {complaint}" in capsys.readouterr().err
+        written = capsys.readouterr()
+        assert f"error: {complaint}" in written.err
+        assert written.out == ""
+    (tmp_path / "prompt.bin").write_bytes(b"\xff\xfe")
+    assert generate.main(["--load", str(tmp_path), "--prompt-file", str(tmp_path / "prompt.bin")]) == 2
+    assert "prompt.bin is not text in UTF-8" in capsys.readouterr().err
     assert generate.main(["--load", str(tmp_path), "--prompt", "x" * LENGTH]) == 2
     assert "the prompt has 32 tokens" in capsys.readouterr().err

@@ -190,5 +190,11 @@ def test_command_line_mistakes(corpus, tmp_path):
     done = command("--input", corpus, *base, "--json-keys", "body")
     assert (done.returncode, "corpus.jsonl:1: the object has no member 'body'" in done.stderr) == (2, True)
     assert "Traceback" not in done.stderr
+    (tmp_path / "file").write_text("")
+    done = command("--input", corpus, *base[2:], "--output-prefix", tmp_path / "file" / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    numbers = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "9")
+    done = command("--input", corpus, "--output-prefix", tmp_path / "out", *numbers)
+    assert (done.returncode, "NullTokenizer reads numbers between spaces" in done.stderr) == (2, True)
     done = command("--input", corpus, "--output-prefix", tmp_path / "out", "--tokenizer-type", "NullTokenizer")
     assert (done.returncode, "--vocab-size" in done.stderr) == (2, True)

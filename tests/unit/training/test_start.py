@@ -1,0 +1,96 @@
+"""What a run finds out before its first step: places it cannot write to, data it cannot use, a changed checkpoint."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.arguments import parse_args
+from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron_lite.errors import ConfigError
+from pretrain_gpt import pretrain
+
+TINY = [
+    *("--num-layers", "1", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"),
+    *("--vocab-size", "64", "--micro-batch-size", "2", "--tokenizer-type", "NullTokenizer", "--lr", "1e-3"),
+    *("--train-iters", "2", "--eval-iters", "0"),
+]
+MOCK = ["--mock-data", "--num-workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(*line: str) -> None:
+    pretrain(parse_args([*TINY, *line]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--save", "{}/file/x", "--save-interval", "5"), ("--metrics-jsonl", "{}"), ("--tensorboard-dir", "{}/file")],
+)
+def test_places_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=f"{flags[0][2:].replace('-', '_')} is .*another"):
+        run(*MOCK, *(word.format(tmp_path) for word in flags))
+    assert "iteration " not in capsys.readouterr().out
+
+
+def test_a_backend_that_the_device_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"attention_backend is fused.*write auto"):
+        run(*MOCK, "--attention-backend", "fused")
+
+
+def corpus(folder: Path, largest: int) -> str:
+    """Twenty documents of 40 ids up to `largest`."""
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"))
+    for _ in range(20):
+        builder.add_document([*range(39), largest], [40])
+    builder.finalize(str(folder / "data.idx"))
+    return str(folder / "data")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_ids_beyond_the_vocabulary(tmp_path: Path, workers: str) -> None:
+    """On a GPU the embedding would end the process, and within the padding of the vocabulary nothing would happen."""
+    path = corpus(tmp_path, 64)
+    with pytest.raises(ConfigError) as caught:
+        run("--data-path", path, "--split", "1", "--num-workers", workers)
+    assert str(caught.value).startswith(f"{path} holds the token 64, but the vocabulary has 64 ids")
+    run("--data-path", path, "--split", "1", "--num-workers", "0", "--vocab-size", "65")
+
+
+def test_splits_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = corpus(tmp_path, 9)
+    with pytest.raises(ConfigError, match="training split is empty"):
+        run("--data-path", path, "--split", "0,1,0", "--num-workers", "0")
+    run("--data-path", path, "--split", "1", "--num-workers", "0", "--eval-iters", "1", "--eval-interval", "1")
+    assert "there are no validation data" in capsys.readouterr().out
+
+
+def test_settings_that_changed_since_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "run")
+    run(*MOCK, "--save", folder, "--save-interval", "2", "--window-size", "4,0")
+    again = [*MOCK, "--load", folder, "--window-size", "4,0"]
+    run(*again)
+    assert "WARNING" not in capsys.readouterr().out
+    run(*again, "--num-attention-heads", "1", "--seed", "7")
+    out = capsys.readouterr().out
+    assert "WARNING: num_attention_heads is 1, but the weights were trained with 2." in out
+    assert "WARNING: seed is 7, but the samples so far were drawn with 1234." in out
+    run(*again, "--finetune", "--seed", "7")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_pretrained_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pretrained_checkpoint is .* no checkpoint"):
+        run(*MOCK, "--pretrained-checkpoint", str(tmp_path))
+
+
+def test_a_profile_that_never_began(capsys: pytest.CaptureFixture[str]) -> None:
+    run(*MOCK, "--profile")
+    assert "nothing was profiled: no iteration 10 was run" in capsys.readouterr().out
