@@ -113,9 +113,10 @@ class Writers:
         if active and config.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
+            # No purge_step on resume: it drops points of every tag, and those "vs samples" do not count in iterations.
             with _writable("tensorboard_dir", config.tensorboard_dir):
                 self._tensorboard = SummaryWriter(
-                    log_dir=config.tensorboard_dir, max_queue=config.tensorboard_queue_size, purge_step=first_iteration
+                    log_dir=config.tensorboard_dir, max_queue=config.tensorboard_queue_size
                 )
         if active and config.wandb_project:
             self._wandb = _start_wandb(config, run_config)

@@ -94,3 +94,16 @@ def test_pretrained_weights_that_are_not_there(tmp_path: Path) -> None:
 def test_a_profile_that_never_began(capsys: pytest.CaptureFixture[str]) -> None:
     run(*MOCK, "--profile")
     assert "nothing was profiled: no iteration 10 was run" in capsys.readouterr().out
+
+
+def test_tensorboard_keeps_its_curves_on_resume(tmp_path: Path) -> None:
+    """Those over samples too. Mutation: purge_step=first_iteration drops every point beyond that many samples."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = str(tmp_path / "run")
+    words = [*MOCK, "--tensorboard-dir", folder, "--save", folder, "--load", folder, "--save-interval", "1"]
+    run(*words, "--exit-interval", "1")
+    run(*words)
+    events = accumulator.EventAccumulator(folder)
+    events.Reload()
+    assert [point.step for point in events.Scalars("lm loss")] == [1, 2]
+    assert [point.step for point in events.Scalars("lm loss vs samples")] == [2, 4]
