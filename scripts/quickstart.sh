@@ -59,7 +59,7 @@ step 5 "What it learned"
 python tools/report_loss.py --metrics "$RUN/metrics.jsonl" --data-path "$RUN/corpus_text_document" --output "$RUN/loss.png"
 
 step 6 "A sample from the model"
-python tools/generate.py --load "$RUN/checkpoints" --prompt "def " --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1
+python tools/generate.py --load "$RUN/checkpoints" --prompt $'import os\n' --max-new-tokens 90 --temperature 0.7 --top-k 40 --seed 3
 
 cat <<END
 
