@@ -73,6 +73,11 @@ def compare_names_and_shapes(
     lines += _listed("not in the checkpoint", [_with_closest(name, unexpected) for name in missing])
     lines += _listed("in the checkpoint only", [_with_closest(name, missing) for name in unexpected])
     lines += _listed("another shape", reshaped)
+    differing = [*missing, *unexpected, *(name.partition(":")[0] for name in reshaped)]
+    if all(name.startswith("optimizer.") for name in differing):
+        lines.append("The weights fit: load them alone with --no-load-optim, or as a new run with --finetune.")
+    else:
+        lines.append("Give the model flags of the run that saved it (its common.json lists them), or another --load.")
     raise CheckpointError("\n".join(lines))
 
 

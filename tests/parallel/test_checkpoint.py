@@ -345,6 +345,7 @@ def test_another_model_is_refused_on_every_rank(pool: WorkerPool, tmp_path: Path
         assert "not in the checkpoint (4):" in message
         assert "model.output_layer.weight" in message
         assert "optimizer.state.output_layer.weight.exp_avg_sq" in message
+        assert message.endswith("or another --load.")
 
 
 def drift(rank: int, world_size: int, layout: Layout, name: str, drifting: int, root: str) -> str:

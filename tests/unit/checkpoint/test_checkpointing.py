@@ -24,6 +24,7 @@ from megatron_lite.checkpoint import (
     read_tracker,
     save_checkpoint,
 )
+from megatron_lite.checkpoint.model_state import compare_names_and_shapes
 from megatron_lite.checkpoint.safe_reader import read_metadata, tensor_shapes
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from tests.unit.checkpoint.tiny import TinyModel, TinyOptimizer, equal, fill, snapshot
@@ -210,6 +211,13 @@ def test_other_shapes_are_listed(tmp_path: Path) -> None:
     save(tmp_path, 1, 0.0)
     with pytest.raises(CheckpointError, match=r"model\.embedding\.weight: \[6, 4\] in the checkpoint, \[6, 5\] "):
         load_checkpoint(tmp_path, TinyModel(width=5))
+
+
+def test_another_optimizer_comes_with_the_remedy() -> None:
+    wanted = {"model.w": torch.zeros(2), "optimizer.state.w.momentum_buffer": torch.zeros(2)}
+    stored = {"model.w": torch.Size([2]), "optimizer.state.w.exp_avg": torch.Size([2])}
+    with pytest.raises(CheckpointError, match=r"load them alone with --no-load-optim, or as a new run with --finetune"):
+        compare_names_and_shapes(wanted, wanted, stored, "folder")
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:
