@@ -111,5 +111,10 @@ def announce(config: RunConfig, device: torch.device) -> None:
         f"({config.ddp.data_parallel_sharding_strategy}); global batch {config.global_batch_size} sequences of "
         f"{config.data.seq_length} tokens"
     )
+    compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
+    print_rank_0(
+        f"attention: torch sdpa ({sizes.attention_backend}) · optimizer: torch fused {config.optimizer.optimizer} · "
+        f"layers: {compiled}"
+    )
     for notice in config.notices:
         print_rank_0(f"note: {notice}")
