@@ -26,7 +26,7 @@ NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
 def test_four_ranks_equal_one_process(tmp_path):
     """The quickstart model at TP 2 x DP 2 (with sequence parallelism) and on one process: equal losses in float64.
 
-    Mutation: dropping the all-reduce of copy_to_tensor_model_parallel_region's backward makes the second loss differ.
+    Mutation: finalize_model_grads that returns at once makes the first gradient norm differ.
     """
     shared = ["--config", "configs/quickstart.yaml", "--fp64", "--mock-data", "--train-iters", "20"]
     shared += ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--seq-length", "64"]
@@ -43,7 +43,7 @@ def test_four_ranks_equal_one_process(tmp_path):
 def test_killed_runs_resume_bit_for_bit(tmp_path):
     """Ten SIGKILLs at random moments, saves included; with dropout, so that every random stream has to continue.
 
-    Mutation: not saving the random number streams, or the position in the data, changes the metrics.
+    Mutation: a load that does not restore the random number streams changes the losses after it.
     """
     arguments = [*TINY, "--train-iters", "150", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
     arguments += ["--lr-warmup-iters", "5", "--lr-decay-style", "cosine", "--eval-interval", "10"]
@@ -71,7 +71,10 @@ def test_killed_runs_resume_bit_for_bit(tmp_path):
 
 
 def test_resume_at_another_layout(tmp_path):
-    """Ten iterations at TP 2, ten more at DP 2: the losses of an uninterrupted run on one process, in float64."""
+    """Ten iterations at TP 2, ten more at DP 2: the losses of an uninterrupted run on one process, in float64.
+
+    Mutation: a load that leaves out the moments changes the losses after it.
+    """
     arguments = [*TINY, "--fp64", "--train-iters", "20", "--qk-layernorm"]
     pretrain(1, *arguments, "--metrics-jsonl", str(tmp_path / "whole.jsonl"))
     saving = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt"), "--save-interval", "10"]
@@ -87,7 +90,10 @@ def test_resume_at_another_layout(tmp_path):
 
 
 def test_sigterm_saves_and_exits(tmp_path):
-    """A signal to one rank of two: both finish their step, save, and leave with code 0."""
+    """A signal to one rank of two: both finish their step, save, and leave with code 0.
+
+    Mutation: a vote without its all-reduce leaves the other rank in a collective of the next step.
+    """
     command = pretrain_command(
         2,
         [*TINY, "--train-iters", "100000", "--tensor-model-parallel-size", "2", "--exit-signal-handler"]

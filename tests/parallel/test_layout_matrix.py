@@ -65,7 +65,7 @@ def test_layout_equals_one_process(pool, layout):
 def test_evaluation_equals_one_process_and_moves_nothing(pool, layout):
     """T55: the held-out loss at every layout, and dropout draws on as if nobody had evaluated.
 
-    Mutations: average the ranks' means; do not reshard after the evaluation; leave the dropout on.
+    Mutations: average the ranks' means; leave the dropout on.
     """
     _, held_out = pool.run(train_and_evaluate, layout.model, True, world_size=1)[0]
     found = pool.run(train_and_evaluate, layout, True, world_size=layout.world_size)
