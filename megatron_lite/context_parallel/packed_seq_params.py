@@ -1,11 +1,13 @@
 """Packed sequences: several documents behind one another in one row of tokens, each attending to itself only."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from megatron_lite.context_parallel.blocks import as_tensor, attention_blocks
 from megatron_lite.context_parallel.sharding import SequenceLayout
 from megatron_lite.errors import ConfigError
 
@@ -39,6 +41,7 @@ class PackedSeqParams:
     max_seqlen_q: int | None = None
     max_seqlen_kv: int | None = None
     cu_seqlens_split: Tensor | None = None
+    _plans: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.qkv_format not in ("thd", "sbhd"):
@@ -65,8 +68,8 @@ class PackedSeqParams:
             keys, queries = getattr(self, name), getattr(self, name.replace("kv", "q"))
             if keys is not None and (queries is None or not torch.equal(keys, queries)):
                 raise ConfigError(f"{name} differs from that of the queries, but self-attention has both from one row.")
-        lengths = [end - start for start, end in zip(real[:-1], real[1:], strict=True)]
-        room = [end - start for start, end in zip(padded[:-1], padded[1:], strict=True)]
+        lengths = [end - start for start, end in itertools.pairwise(real)]
+        room = [end - start for start, end in itertools.pairwise(padded)]
         if real[0] != 0 or padded[0] != 0 or len(real) != len(padded) or any(length < 0 for length in lengths):
             raise ConfigError(
                 f"cu_seqlens_q is {real} and its padded form {padded}, but both must begin with 0, never fall, and "
@@ -81,6 +84,13 @@ class PackedSeqParams:
         split = padded if self.cu_seqlens_split is None else self.cu_seqlens_split.tolist()
         documents = tuple((start, start + length) for start, length in zip(padded[:-1], lengths, strict=True))
         return SequenceLayout(tuple(sorted(set(split))), documents)
+
+    def plan(self, cp_size: int, cp_rank: int, causal: bool) -> Tensor:
+        """The blocks one rank computes (blocks.as_tensor), worked out when first asked for."""
+        place = (cp_size, cp_rank, causal)
+        if place not in self._plans:
+            self._plans[place] = as_tensor(attention_blocks(self.layout, *place))
+        return self._plans[place]
 
 
 def get_padding(

@@ -8,6 +8,7 @@ tokens always stand in the order of the whole:
     cp 2, 8 tokens in two stretches      rank 0: 0 3 4 7     rank 1: 1 2 5 6
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,18 @@ class SequenceLayout:
         """One sequence of `length` tokens, one document."""
         return cls((0, length), ((0, length),))
 
+    def document_of_token(self) -> Tensor:
+        """The number of each token's document, int64 [t]; -1 for padding."""
+        numbers = torch.full((self.stretches[-1],), -1)
+        for number, (start, end) in enumerate(self.documents):
+            numbers[start:end] = number
+        return numbers
+
+    def equal_rows(self) -> int:
+        """How many rows the tokens can be seen as without cutting a stretch."""
+        lengths = {end - start for start, end in itertools.pairwise(self.stretches)}
+        return len(self.stretches) - 1 if len(lengths) == 1 else 1
+
     def documents_with_stretch(self) -> list[tuple[int, int, int, int]]:
         """(start, end, stretch start, stretch end) of each document that has tokens.
 
@@ -65,23 +78,30 @@ def zigzag_positions(stretches: Sequence[int], cp_size: int, cp_rank: int) -> Te
     Raises:
         ConfigError: a stretch that cannot be cut into 2 cp equal chunks.
     """
+    if cp_size == 1:
+        return torch.arange(stretches[-1])
     parts = []
-    for start, end in zip(stretches[:-1], stretches[1:], strict=True):
-        chunk = _chunk_length(end - start, cp_size)
+    for start, end in itertools.pairwise(stretches):
+        chunk = chunk_length(end - start, cp_size)
         for number in (cp_rank, 2 * cp_size - 1 - cp_rank):
             parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _chunk_length(length: int, cp_size: int) -> int:
-    chunks = 1 if cp_size == 1 else 2 * cp_size
+def chunk_length(length: int, cp_size: int) -> int:
+    """Tokens in each of the 2 cp chunks of a stretch of `length` tokens.
+
+    Raises:
+        ConfigError: the chunks would differ.
+    """
+    chunks = 2 * cp_size
     if length % chunks:
         below, above = length // chunks * chunks, (length // chunks + 1) * chunks
         raise ConfigError(
             f"The sequence length is {length}, but sequence length must be divisible by cp_size * 2 ({chunks}): use "
             f"{f'{below} or ' if below else ''}{above}, or pad with --pad-to-multiple."
         )
-    return length // (2 * cp_size)
+    return length // chunks
 
 
 def split_sequence(

@@ -58,3 +58,12 @@ def split(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 def all_to_all(tensor: Tensor, output_splits: list[int], input_splits: list[int], group: ProcessGroup) -> Tensor:
     """Send `input_splits[i]` rows to rank i and receive `output_splits[i]` rows from it."""
     return wait(_ops.all_to_all_single(tensor.contiguous(), output_splits, input_splits, group.group_name))
+
+
+def start_shift(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Launch sending `tensor` to the next rank of the ring, and receiving one of the same shape from the previous."""
+    assert group is not None, "one rank has nobody to send to"
+    size, rank, rows = group.size(), group.rank(), tensor.size(0)
+    to = [rows if peer == (rank + 1) % size else 0 for peer in range(size)]
+    of = [rows if peer == (rank - 1) % size else 0 for peer in range(size)]
+    return _ops.all_to_all_single(tensor.contiguous(), of, to, group.group_name)  # type: ignore[no-any-return]

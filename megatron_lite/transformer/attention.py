@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection, group_size
@@ -18,6 +19,8 @@ from megatron_lite.transformer.transformer_config import TransformerConfig, divi
 
 class SelfAttention(MegatronModule):
     """Multi-head, grouped-query (g < n) and multi-query (g = 1) self-attention, [s, b, h] -> [s, b, h].
+
+    Under context parallelism s counts this rank's tokens, here and everywhere in the layer.
 
     How linear_qkv is split over ranks, qkv_projection.py says. Collectives are those of ColumnParallelLinear and
     RowParallelLinear.
@@ -88,6 +91,7 @@ class SelfAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: RotaryTables | None = None,
         inference_context: InferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend within each sequence.
 
@@ -96,6 +100,7 @@ class SelfAttention(MegatronModule):
             attention_mask: None, or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
             rotary_pos_emb: (cos, sin) of RotaryEmbedding for the positions of this input, or None.
             inference_context: cache to append this input's keys and values to, and to attend to.
+            packed_seq_params: where the documents of a packed row (b = 1) are; each is attended to on its own.
 
         Returns:
             [s, b, h], under sequence parallelism [s/tp, b, h].
@@ -108,9 +113,11 @@ class SelfAttention(MegatronModule):
         if inference_context is not None:
             key, value = inference_context.append(self.layer_number, key, value)
         if self.recompute_core and self.training:
-            context = checkpoint(self.core_attention, False, query, key, value, attention_mask)
+            context = checkpoint(
+                self.core_attention, False, query, key, value, attention_mask, None, None, packed_seq_params
+            )
         else:
-            context = self.core_attention(query, key, value, attention_mask)
+            context = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
         return self.linear_proj(context)
 
     def get_query_key_value_tensors(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,18 +1,22 @@
-"""Scaled dot product attention on torch's SDPA: causal, sliding-window and explicit masks, grouped queries."""
+"""Scaled dot product attention: causal, sliding-window and explicit masks, packed documents, context parallelism."""
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_lite.context_parallel import PackedSeqParams, SequenceLayout
+from megatron_lite.context_parallel.attention import ContextParallelism
 from megatron_lite.errors import ConfigError
+from megatron_lite.ops.attention_block import choose_backend
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.module import MegatronModule
-from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.transformer.transformer_config import TransformerConfig, cp_comm_type_of, uses_window
 
 _BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION],
@@ -23,10 +27,13 @@ _BACKENDS = {
 
 
 class DotProductAttention(MegatronModule):
-    """softmax(query key^T * scale + mask) value, for the heads of this rank. No communication, no parameters.
+    """softmax(query key^T * scale + mask) value, for the heads of this tensor parallel rank. No parameters.
 
     The softmax is computed in float32 (float64 for float64 input) by every backend. Dropout on the probabilities
     draws from the model parallel stream, because the heads differ between tensor parallel ranks.
+
+    Under context parallelism each rank brings its part of the sequence (context_parallel/sharding.py) and gets the
+    attention of its queries to the whole sequence; cp_comm_type says how the ranks exchange what that takes.
 
     Args:
         config: supplies attention_dropout, window_size, window_attn_skip_freq, softmax_scale, attention_backend.
@@ -35,11 +42,12 @@ class DotProductAttention(MegatronModule):
         attention_type: "self" or "cross".
         attention_dropout: default config.attention_dropout.
         softmax_scale: default config.softmax_scale, else 1 / sqrt(d).
-        cp_comm_type: how context parallel ranks exchange keys and values; unused while context_parallel_size is 1.
-        pg_collection: accepted for Megatron's signature; attention on local heads needs no group.
+        cp_comm_type: "p2p", "all_gather", "a2a" or "a2a+p2p"; default the layer's in config.cp_comm_type.
+        pg_collection: process groups, of which cp and hcp count; default the global ones.
 
     Raises:
-        ConfigError: an unknown attention_type, or context_parallel_size above 1.
+        ConfigError: an unknown attention_type, a sliding window or attention dropout that cp_comm_type cannot do, or
+            context parallel groups that differ from config.context_parallel_size.
     """
 
     config: TransformerConfig
@@ -58,11 +66,6 @@ class DotProductAttention(MegatronModule):
         super().__init__(config)
         if attention_type not in ("self", "cross"):
             raise ConfigError(f"attention_type is {attention_type!r}, but it must be 'self' or 'cross'.")
-        if config.context_parallel_size > 1:
-            raise ConfigError(
-                f"context_parallel_size is {config.context_parallel_size}, but this attention sees whole sequences "
-                "only; use context_parallel_size 1."
-            )
         if attn_mask_type is None:
             attn_mask_type = AttnMaskType.causal if attention_type == "self" else AttnMaskType.no_mask
         self.layer_number = layer_number
@@ -70,6 +73,9 @@ class DotProductAttention(MegatronModule):
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.window_size = config.window_size if uses_window(config, layer_number) else None
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp", "hcp"])
+        self.context = ContextParallelism.of(cp_comm_type or cp_comm_type_of(config, layer_number), groups)
+        self._check_context()
 
     def forward(
         self,
@@ -79,40 +85,67 @@ class DotProductAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: object | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            query: [sq, b, n, d].
-            key: [sk, b, g, d] with g dividing n: head i uses group i // (n / g).
+            query: [sq, b, n, d]; packed rows of t tokens [t, 1, n, d] or [t, n, d].
+            key: [sk, b, g, d] with g dividing n: head i uses group i // (n / g). Packed as the query.
             value: [sk, b, g, d].
             attention_mask: bool, True where attention is forbidden, broadcastable to [b, n, sq, sk]. A causal mask
                 type forbids later positions too, so the mask may leave them out.
             attn_mask_type: overrides the type given at construction.
             attention_bias: not supported, must be None.
-            packed_seq_params: not supported, must be None.
+            packed_seq_params: where the documents of a packed row are; each token sees its own document only.
 
         Returns:
-            [sq, b, n * d]. A query that may look nowhere gives zeros.
+            [sq, b, n * d]; for [t, n, d] [t, n * d]. A query that may look nowhere gives zeros.
 
         Raises:
-            ConfigError: attention_bias or packed_seq_params is given, or the mask is not boolean.
+            ConfigError: attention_bias is given, the mask is not boolean or comes with what makes it unusable, or the
+                tokens are not those of packed_seq_params.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            unsupported = "attention_bias" if attention_bias is not None else "packed_seq_params"
-            raise ConfigError(f"{unsupported} is given, but DotProductAttention supports masks only; pass None.")
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            raise ConfigError(
-                f"attention_mask has dtype {attention_mask.dtype}, but it must be torch.bool, True where attention is "
-                "forbidden."
-            )
+        packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.is_packed else None
+        self._check_inputs(query, attention_mask, attention_bias, packed)
         causal = (attn_mask_type or self.attn_mask_type).is_causal
+        if self.context.size == 1 and packed is None:
+            return self._attend(query, key, value, attention_mask, causal).flatten(2)
+        if query.dim() == 3:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            return self.forward(
+                query, key, value, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params
+            ).squeeze(1)
+        scale = 1.0 / math.sqrt(query.size(-1)) if self.softmax_scale is None else self.softmax_scale
+        needs_mask = self.window_size is not None or (self.attention_dropout > 0.0 and self.training)
+
+        def attend_whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if packed is None:
+                return self._attend(query, key, value, None, causal)
+            return self._attend_documents(query, key, value, packed.layout, causal)
+
+        return self.context.attend(
+            query,
+            key,
+            value,
+            packed,
+            causal,
+            scale,
+            choose_backend(query, self.config.attention_backend),
+            attend_whole if packed is None or needs_mask else None,
+        ).flatten(2)
+
+    def prepare(self, packed_seq_params: PackedSeqParams) -> None:
+        """Work out the blocks of packed rows before they are needed inside a compiled layer."""
+        self.context.plan(0, packed_seq_params, self.attn_mask_type.is_causal)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Attention of whole sequences by torch's SDPA: [sq, b, n, d] -> [sq, b, n, d]."""
         lengths = query.size(0), key.size(0)
-        plain = attention_mask is None and self._needs_no_mask(*lengths, causal)
+        plain = mask is None and self._needs_no_mask(*lengths, causal)
         visible = None if plain else visible_positions(*lengths, causal, self.window_size, query.device)
-        if visible is not None and attention_mask is not None:
-            visible = visible & ~attention_mask
+        if visible is not None and mask is not None:
+            visible = visible & ~mask
         dropout = self.attention_dropout if self.training else 0.0
         with contextlib.ExitStack() as scope:
             if dropout > 0.0:
@@ -129,7 +162,53 @@ class DotProductAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=key.size(2) != query.size(2),
             )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return context.permute(2, 0, 1, 3)
+
+    def _attend_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, causal: bool
+    ) -> Tensor:
+        """Packed documents by an explicit mask, for what the blocks cannot do: [t, 1, n, d] -> [t, 1, n, d]."""
+        document = layout.document_of_token().to(query.device)
+        rows = layout.equal_rows()
+        query, key, value = (x.view(rows, -1, *x.shape[2:]).transpose(0, 1) for x in (query, key, value))
+        document = document.view(rows, 1, -1)
+        forbidden = (document.unsqueeze(-1) != document.unsqueeze(-2)) | (document < 0).unsqueeze(-1)
+        out = self._attend(query, key, value, forbidden, causal)
+        return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+
+    def _check_context(self) -> None:
+        if self.config.context_parallel_size != self.context.size:
+            raise ConfigError(
+                f"context_parallel_size is {self.config.context_parallel_size}, but the context parallel group has "
+                f"{self.context.size} ranks; give initialize_model_parallel the same context_parallel_size."
+            )
+        if not self.context.sees_whole_sequences() and (self.window_size is not None or self.attention_dropout > 0.0):
+            raise ConfigError(
+                f"window_size is {self.window_size} and attention_dropout {self.attention_dropout}, but with "
+                f"cp_comm_type {self.context.comm_type} a rank sees the sequence in blocks, where neither is "
+                "supported; use cp_comm_type a2a, or leave them out."
+            )
+
+    def _check_inputs(
+        self, query: Tensor, mask: Tensor | None, bias: Tensor | None, packed: PackedSeqParams | None
+    ) -> None:
+        if bias is not None:
+            raise ConfigError("attention_bias is given, but DotProductAttention supports masks only; pass None.")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ConfigError(
+                f"attention_mask has dtype {mask.dtype}, but it must be torch.bool, True where attention is forbidden."
+            )
+        if mask is not None and (self.context.size > 1 or packed is not None):
+            raise ConfigError(
+                "attention_mask is given with context parallelism or packed sequences, which keep documents apart "
+                "without a mask; pass packed_seq_params instead."
+            )
+        if packed is not None and packed.layout.stretches[-1] != query.size(0) * self.context.size:
+            raise ConfigError(
+                f"packed_seq_params describes {packed.layout.stretches[-1]} tokens, but the query has {query.size(0)} "
+                f"on each of {self.context.size} context parallel ranks; its lengths are those of the whole row, with "
+                "padding."
+            )
 
     def _needs_no_mask(self, query_length: int, key_length: int, causal: bool) -> bool:
         """Whether SDPA's own triangle (or no mask at all) says what may be seen."""
@@ -137,21 +216,6 @@ class DotProductAttention(MegatronModule):
         reaches_back = left < 0 or left >= key_length - 1
         reaches_on = causal or right < 0 or right >= key_length - 1
         return reaches_back and reaches_on and (not causal or query_length in (1, key_length))
-
-
-def uses_window(config: TransformerConfig, layer_number: int) -> bool:
-    """Whether layer `layer_number` (counted from 1) sees a sliding window instead of the whole sequence.
-
-    window_attn_skip_freq N leaves full attention to every N-th layer; a list holds 1 (window) or 0 (full) per layer.
-    """
-    if config.window_size is None:
-        return False
-    frequency = config.window_attn_skip_freq
-    if frequency is None:
-        return True
-    if isinstance(frequency, int):
-        return layer_number % frequency != 0
-    return bool(frequency[layer_number - 1])
 
 
 def visible_positions(

@@ -1,10 +1,12 @@
 """A stack of transformer layers, with the recomputation of whole layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint
@@ -57,20 +59,20 @@ class TransformerBlock(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: RotaryTables | None = None,
         inference_context: InferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Run the layers held here; arguments as in TransformerLayer.forward.
 
         Returns:
             [s, b, h] (under sequence parallelism [s/tp, b, h]), normalized if this is the end of the model.
         """
+        context = (attention_mask, rotary_pos_emb, inference_context, packed_seq_params)
         for layers, recomputed in self._chunks():
             if recomputed:
                 distribute = self.config.distribute_saved_activations
-                hidden_states = checkpoint(
-                    _run, distribute, hidden_states, layers, attention_mask, rotary_pos_emb, inference_context
-                )
+                hidden_states = checkpoint(_run, distribute, hidden_states, layers, *context)
             else:
-                hidden_states = _run(hidden_states, layers, attention_mask, rotary_pos_emb, inference_context)
+                hidden_states = _run(hidden_states, layers, *context)
         if self.final_layernorm is None:
             return hidden_states
         normed = self.final_layernorm(hidden_states)
@@ -86,13 +88,7 @@ class TransformerBlock(MegatronModule):
         return [([layer], True) for layer in layers[:size]] + [(layers[size:], False)]
 
 
-def _run(
-    hidden_states: Tensor,
-    layers: Sequence[torch.nn.Module],
-    attention_mask: Tensor | None,
-    rotary_pos_emb: RotaryTables | None,
-    inference_context: InferenceContext | None,
-) -> Tensor:
+def _run(hidden_states: Tensor, layers: Sequence[torch.nn.Module], *context: Any) -> Tensor:
     for layer in layers:
-        hidden_states = layer(hidden_states, attention_mask, rotary_pos_emb, inference_context)
+        hidden_states = layer(hidden_states, *context)
     return hidden_states

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
@@ -68,6 +69,7 @@ class TransformerLayer(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: RotaryTables | None = None,
         inference_context: InferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Run the layer.
 
@@ -76,12 +78,13 @@ class TransformerLayer(MegatronModule):
             attention_mask: None (causal), or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
             rotary_pos_emb: (cos, sin) for the positions of the whole sequence, or None.
             inference_context: key/value cache, or None.
+            packed_seq_params: where the documents of a packed row are, or None.
 
         Returns:
             The new residual stream, shaped and typed like hidden_states.
         """
         normed = self._norm(self.input_layernorm, hidden_states)
-        attended = self.self_attention(normed, attention_mask, rotary_pos_emb, inference_context)
+        attended = self.self_attention(normed, attention_mask, rotary_pos_emb, inference_context, packed_seq_params)
         hidden_states = self._add(attended, hidden_states, normed)
 
         normed = self._norm(self.pre_mlp_layernorm, hidden_states)

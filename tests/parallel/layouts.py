@@ -19,6 +19,7 @@ from megatron_lite.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron_lite.tensor_parallel.parameters import initialize_parameters
+from megatron_lite.training.batches import MicroBatch, MicroBatchStream
 from megatron_lite.training.evaluate import evaluate
 from megatron_lite.training.initialize import set_random_seed
 from megatron_lite.training.setup import build_gpt, build_model
@@ -42,6 +43,9 @@ class Layout:
 
     tp: int = 1
     sp: bool = False
+    cp: int = 1
+    comm: str | tuple[str, ...] = "p2p"
+    hierarchy: tuple[int, int] | None = None
     dp: int = 1
     strategy: str = "no_shard"
     replicas: int = 1
@@ -54,11 +58,13 @@ class Layout:
     recompute: str | None = None
     per_token_loss: bool = True
     compiled: bool = False
+    documents: bool = False
+    hole: bool = False
 
     @property
     def world_size(self) -> int:
         """Processes it takes."""
-        return self.tp * self.dp
+        return self.tp * self.cp * self.dp
 
     @property
     def micro_batch_size(self) -> int:
@@ -70,12 +76,15 @@ class Layout:
     @property
     def name(self) -> str:
         """Short, for the test's id."""
-        parts = [f"tp{self.tp}"] + ["sp"] * self.sp + [f"dp{self.dp}", self.strategy]
+        comm = self.comm if isinstance(self.comm, str) else "+".join(self.comm)
+        parts = [f"tp{self.tp}"] + ["sp"] * self.sp + [f"cp{self.cp}-{comm}"] * (self.cp > 1)
+        parts += [f"dp{self.dp}", self.strategy]
         parts += [f"x{self.replicas}"] * (self.replicas > 1) + [f"acc{self.accumulation}"]
         parts += ["tied" if self.tied else "untied", self.normalization] + ["swiglu"] * self.swiglu
         parts += [f"gqa{self.query_groups}"] * (self.query_groups != 8) + [self.positions.split("_")[0]]
         parts += [f"recompute-{self.recompute}"] * (self.recompute is not None)
         parts += ["mean-of-means"] * (not self.per_token_loss) + ["compiled"] * self.compiled
+        parts += ["documents"] * self.documents + ["hole"] * self.hole
         return "-".join(parts)
 
     @property
@@ -92,6 +101,8 @@ class Layout:
             swiglu=self.swiglu,
             query_groups=self.query_groups,
             positions=self.positions,
+            documents=self.documents,
+            hole=self.hole,
         )
 
 
@@ -130,6 +141,9 @@ def transformer_config(layout: Layout) -> TransformerConfig:
         init_method_std=0.2,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
+        context_parallel_size=layout.cp,
+        cp_comm_type=layout.comm if isinstance(layout.comm, str) else list(layout.comm),
+        hierarchical_context_parallel_sizes=None if layout.hierarchy is None else list(layout.hierarchy),
         fp64=True,
         calculate_per_token_loss=layout.per_token_loss,
         **recompute,  # type: ignore[arg-type]
@@ -145,25 +159,40 @@ def gpt_config(layout: Layout) -> GPTModelConfig:
     )
 
 
-def global_batch(step: int) -> dict[str, Tensor]:
-    """The sequences of one step, [12, 16] each; the number of valid tokens grows from none to all over the batch."""
+def global_batch(step: int, layout: Layout) -> dict[str, Tensor]:
+    """The sequences of one step, [12, 16] each; the number of valid tokens grows from none to all over the batch.
+
+    With `documents` each sequence is cut at random, one-token documents included, and positions start again in each.
+    With `hole` the tokens that rank 1 of 4, or of 2, would hold have no loss: an empty shard.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
     valid = torch.linspace(0, SEQUENCE, GLOBAL_BATCH).round().long()
     order = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator).argsort(dim=1).argsort(dim=1)
-    return {
+    batch = {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),
         "loss_mask": (order < valid[:, None]).double(),
         "position_ids": torch.arange(SEQUENCE).repeat(GLOBAL_BATCH, 1),
     }
+    if layout.hole:
+        batch["loss_mask"][:, 2:4] = 0.0
+        batch["loss_mask"][:, 4:14] = 0.0
+    if layout.documents:
+        begins = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) < 0.3
+        starts = torch.where(begins, torch.arange(SEQUENCE), 0).cummax(dim=1).values
+        batch["position_ids"] -= starts
+        batch["document_starts"] = starts
+    return batch
 
 
-def micro_batches(layout: Layout, step: int, dp_rank: int) -> list[dict[str, Tensor]]:
-    """This data parallel rank's share, cut as the sampler cuts it: each block of mbs x dp in rank order."""
-    batch, size = global_batch(step), layout.micro_batch_size
+def micro_batches(layout: Layout, step: int, dp_rank: int) -> list[MicroBatch]:
+    """This rank's share, cut as the sampler cuts it (each block of mbs x dp in rank order) and prepared by the run."""
+    batch, size = global_batch(step, layout), layout.micro_batch_size
     starts = [number * size * layout.dp + dp_rank * size for number in range(layout.accumulation)]
-    return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in starts]
+    parts = [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in starts]
+    stream = MicroBatchStream(parts, torch.device("cpu"), parallel_state.get_context_parallel_group())
+    return stream.next_global_batch(layout.accumulation)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -188,7 +217,7 @@ def reference(layout: Layout, steps: int) -> Result:
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        batch = global_batch(step)
+        batch = global_batch(step, layout)
         objective, loss = _plain_losses(model, batch, layout)
         objective.backward()
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
@@ -205,7 +234,7 @@ def reference(layout: Layout, steps: int) -> Result:
 
 def _plain_losses(model: nn.Module, batch: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
     """What is minimized, and what is reported: the mean over tokens, which is also minimized by default."""
-    logits = model(batch["tokens"], batch["position_ids"], None)
+    logits = model(batch["tokens"], batch["position_ids"], _document_mask(batch))
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["loss_mask"].flatten()
     mean = (losses * mask).sum() / mask.sum()
@@ -215,20 +244,38 @@ def _plain_losses(model: nn.Module, batch: dict[str, Tensor], layout: Layout) ->
     return torch.stack([part.sum() / valid.sum().clamp(min=1) for part, valid in parts]).mean(), mean
 
 
-def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: str | None = None) -> Result | None:
-    """Train at `layout` with the product's code, optionally broken on purpose; rank 0 returns a result."""
+def _document_mask(batch: dict[str, Tensor]) -> Tensor | None:
+    """True where attention is forbidden, [b, 1, s, s]."""
+    if "document_starts" not in batch:
+        return None
+    starts = batch["document_starts"].unsqueeze(1)
+    return starts.unsqueeze(-1) != starts.unsqueeze(-2)
+
+
+def initialize(layout: Layout) -> None:
+    """The groups of a layout."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
-        num_distributed_optimizer_instances=layout.dp if layout.strategy == "no_shard" else layout.replicas,
+        context_parallel_size=layout.cp,
+        hierarchical_context_parallel_sizes=None if layout.hierarchy is None else list(layout.hierarchy),
+        num_distributed_optimizer_instances=layout.dp * layout.cp if layout.strategy == "no_shard" else layout.replicas,
     )
+
+
+def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: str | None = None) -> Result | None:
+    """Train at `layout` with the product's code, optionally broken on purpose; rank 0 returns a result."""
+    initialize(layout)
     with mutation(broken):
         model, optimizer = build(layout)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        cp_group = parallel_state.get_context_parallel_group()
         dp_rank = parallel_state.get_data_parallel_rank()
 
         first = micro_batches(layout, 0, dp_rank)
-        forward_backward(model, optimizer, first, dp_cp_group=dp_cp_group, per_token_loss=layout.per_token_loss)
+        forward_backward(
+            model, optimizer, first, dp_cp_group=dp_cp_group, cp_group=cp_group, per_token_loss=layout.per_token_loss
+        )
         finalize_model_grads(model, tp_group)
         gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
@@ -242,6 +289,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
                     batches,
                     tp_group=tp_group,
                     dp_cp_group=dp_cp_group,
+                    cp_group=cp_group,
                     per_token_loss=layout.per_token_loss,
                 )
             )
@@ -261,16 +309,13 @@ class _HeldOut:
     def __init__(self, layout: Layout, dp_rank: int) -> None:
         self._batches = (micro_batches(layout, step, dp_rank) for step in (100, 101))
 
-    def next_global_batch(self, num_microbatches: int) -> list[dict[str, Tensor]]:
+    def next_global_batch(self, num_microbatches: int) -> list[MicroBatch]:
         return next(self._batches)
 
 
 def train_and_evaluate(rank: int, world_size: int, layout: Layout, evaluating: bool) -> tuple[list[float], list[float]]:
     """Losses of two steps with dropout, and the held-out loss before each of them if `evaluating`."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        num_distributed_optimizer_instances=layout.dp if layout.strategy == "no_shard" else layout.replicas,
-    )
+    initialize(layout)
     tp_group = parallel_state.get_tensor_model_parallel_group()
     dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     dp_rank = parallel_state.get_data_parallel_rank()

@@ -1,10 +1,12 @@
 """GPTModel: embedding, decoder, and the output layer with the loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.models.gpt.embedding import LanguageModelEmbedding
@@ -18,6 +20,7 @@ from megatron_lite.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.rope import RotaryEmbedding, YarnScaling
 from megatron_lite.transformer.transformer_block import TransformerBlock
@@ -134,19 +137,22 @@ class GPTModel(MegatronModule):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
-        packed_seq_params: object | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         inference_context: InferenceContext | None = None,
         decoder_input: Tensor | None = None,
     ) -> Tensor:
         """Predict each next token.
 
+        Under context parallelism s counts the tokens of this rank, everywhere; get_batch_on_this_cp_rank splits.
+
         Args:
             input_ids: [b, s].
-            position_ids: [b, s].
+            position_ids: [b, s], counted in whole sequences.
             attention_mask: None (causal), or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
             labels: [b, s] the tokens to predict; -100 is ignored.
             loss_mask: [b, s] weight of each token's loss; needs labels.
-            packed_seq_params: not supported, must be None.
+            packed_seq_params: where the documents in the b * s tokens are, row after row; in the whole rows, before
+                the context parallel split. Each token sees its own document only.
             inference_context: key/value cache; the tokens are appended to those already seen.
             decoder_input: [s, b, h] output of the previous part of the model, where pre_process is False.
 
@@ -156,10 +162,16 @@ class GPTModel(MegatronModule):
             in padded columns. Where post_process is False, the hidden states [s, b, h].
 
         Raises:
-            ConfigError: packed_seq_params, or a cache together with sequence parallelism.
+            ConfigError: a cache together with sequence parallelism.
         """
-        if packed_seq_params is not None:
-            raise ConfigError("packed_seq_params is given, but packed sequences are not supported; pass None.")
+        if packed_seq_params is not None and packed_seq_params.is_packed and input_ids.size(0) > 1:
+            return self._forward_as_one_row(
+                (input_ids, position_ids, labels, loss_mask),
+                attention_mask,
+                packed_seq_params,
+                inference_context,
+                decoder_input,
+            )
         if inference_context is not None and self.config.sequence_parallel:
             raise ConfigError(
                 "inference_context is given with sequence_parallel, but a single new token cannot be split over ranks; "
@@ -171,12 +183,29 @@ class GPTModel(MegatronModule):
             assert decoder_input is not None, "a part of the model without embedding needs decoder_input"
             hidden = decoder_input
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(position_ids, self.config.params_dtype)
-        hidden = self.decoder(hidden, attention_mask, rotary, inference_context)
+        self._prepare(packed_seq_params)
+        hidden = self.decoder(hidden, attention_mask, rotary, inference_context, packed_seq_params)
         if inference_context is not None:
             inference_context.advance(input_ids.size(1))
         if not self.post_process:
             return hidden
         return self._logits(hidden) if labels is None else self._loss(hidden, labels, loss_mask)
+
+    def _forward_as_one_row(
+        self, batch: tuple[Tensor, Tensor, Tensor | None, Tensor | None], attention_mask: Tensor | None, *others: Any
+    ) -> Tensor:
+        """forward of packed rows [b, s] put behind one another; results [b, s, ...] as from forward."""
+        shape = batch[0].shape
+        tokens, positions, labels, loss_mask = (None if x is None else x.reshape(1, -1) for x in batch)
+        result: Tensor = self.forward(tokens, positions, attention_mask, labels, loss_mask, *others)  # type: ignore[arg-type]
+        return result.squeeze(0).unflatten(0, shape) if self.post_process else result
+
+    def _prepare(self, packed_seq_params: PackedSeqParams | None) -> None:
+        """Work out the documents' blocks here, once for all layers and outside of what is compiled."""
+        if packed_seq_params is not None and packed_seq_params.is_packed:
+            for module in self.decoder.modules():
+                if isinstance(module, DotProductAttention):
+                    module.prepare(packed_seq_params)
 
     def _loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
         """[s, b, h] -> per-token loss [b, s]."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
 from megatron_lite.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
@@ -169,5 +170,9 @@ def test_what_is_refused() -> None:
         attention(query, key, value, later().double())
     with pytest.raises(ConfigError, match="attention_bias"):
         attention(query, key, value, attention_bias=later().double())
-    with pytest.raises(ConfigError, match="packed_seq_params"):
-        attention(query, key, value, packed_seq_params=object())
+    other = PackedSeqParams(cu_seqlens_q=torch.tensor([0, query.size(0) + 1]))
+    with pytest.raises(ConfigError, match="packed_seq_params describes"):
+        attention(query, key, value, packed_seq_params=other)
+    fitting = PackedSeqParams(cu_seqlens_q=torch.tensor([0, query.size(0)]))
+    with pytest.raises(ConfigError, match="attention_mask is given"):
+        attention(query, key, value, later(), packed_seq_params=fitting)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
@@ -280,11 +281,25 @@ def test_float32_residual_stream() -> None:
     assert loss.dtype == torch.float32
 
 
+def test_packed_documents_equal_an_explicit_mask() -> None:
+    """T19: rows of several documents, losses [b, s] and logits [b, s, V] as with the mask written out."""
+    model, _ = build()
+    ids, positions, labels, loss_mask = batch()
+    length = ids.size(1)
+    begins = sorted({*range(0, ids.numel(), length), *range(0, ids.numel(), 5), ids.numel()})
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor(begins), cu_seqlens_split=torch.arange(ids.size(0) + 1) * length)
+    document = packed.layout.document_of_token().view(ids.shape)
+    mask = document[:, None, :, None] != document[:, None, None, :]
+    for arguments in ({"labels": labels, "loss_mask": loss_mask}, {}):
+        actual = model(ids, positions, packed_seq_params=packed, **arguments)
+        torch.testing.assert_close(actual, model(ids, positions, mask, **arguments))
+
+
 def test_what_is_refused() -> None:
     model, _ = build()
     ids, positions, _, _ = batch()
-    with pytest.raises(ConfigError, match="packed_seq_params"):
-        model(ids, positions, packed_seq_params=object())
+    with pytest.raises(ConfigError, match="packed_seq_params describes"):
+        model(ids, positions, packed_seq_params=PackedSeqParams(cu_seqlens_q=torch.tensor([0, ids.numel() - 1])))
     with pytest.raises(ConfigError, match="position_embedding_type is 'alibi'"):
         GPTModel(model.config, VOCAB, LENGTH, position_embedding_type="alibi")
     with pytest.raises(ConfigError, match="padded_vocab_size is 48"):

@@ -1,0 +1,92 @@
+"""Ring and gather attention as operators of torch.
+
+A compiled layer carries each as one call, communication included, with the plan as a tensor, so that packed sequences
+of another shape do not compile it again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from megatron_lite.context_parallel.all_gather import gathered_backward, gathered_forward
+from megatron_lite.context_parallel.blocks import as_blocks
+from megatron_lite.context_parallel.ring import ring_backward, ring_forward
+from megatron_lite.process_groups import group_size
+
+
+def _operator(name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backward_: Callable[..., tuple[Tensor, ...]]):  # type: ignore[no-untyped-def]
+    """The operator megatron_lite::`name` of a pair of functions of this package, with its gradient."""
+
+    @torch.library.custom_op(f"megatron_lite::{name}", mutates_args=())
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float, backend: str, group: str
+    ) -> tuple[Tensor, Tensor]:
+        return forward_(query, key, value, as_blocks(plan), scale, backend, _group(group))
+
+    @torch.library.custom_op(f"megatron_lite::{name}_backward", mutates_args=())
+    def backward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        log_sum: Tensor,
+        plan: Tensor,
+        scale: float,
+        backend: str,
+        group: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (grad, query, key, value, out, log_sum)
+        return backward_(*tensors, as_blocks(plan), scale, backend, _group(group))  # type: ignore[return-value]
+
+    @forward.register_fake
+    def _(query, key, value, plan, scale, backend, group):  # type: ignore[no-untyped-def]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
+
+    @backward.register_fake
+    def _(grad, query, key, value, out, log_sum, plan, scale, backend, group):  # type: ignore[no-untyped-def]
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+    def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        query, key, value, plan, ctx.scale, ctx.backend, ctx.group = inputs
+        ctx.save_for_backward(query, key, value, *output, plan)
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+        return *backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.group), None, None, None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return forward
+
+
+_ring = _operator("ring_attention", ring_forward, ring_backward)
+_gathered = _operator("gathered_attention", gathered_forward, gathered_backward)
+
+
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float, backend: str, group: ProcessGroup | None
+) -> Tensor:
+    """`ring.ring_forward` with its gradient; the plan as a tensor (blocks.as_tensor). Output [s, b, n, d]."""
+    out: Tensor = _ring(query, key, value, plan, scale, backend, _name(group))[0]
+    return out
+
+
+def gathered_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float, backend: str, group: ProcessGroup | None
+) -> Tensor:
+    """`all_gather.gathered_forward` with its gradient; the plan as a tensor. Output [s, b, n, d]."""
+    out: Tensor = _gathered(query, key, value, plan, scale, backend, _name(group))[0]
+    return out
+
+
+def _name(group: ProcessGroup | None) -> str:
+    """The name under which an operator finds the group again; empty for this rank alone."""
+    return "" if group is None or group_size(group) == 1 else group.group_name
+
+
+def _group(name: str) -> ProcessGroup | None:
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]

@@ -1,0 +1,151 @@
+"""DotProductAttention with the sequence split over ranks, against SDPA on the whole sequence, in float64.
+
+T15, T19. Mutations tried, each of which makes rows fail: see the docstrings.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_lite import parallel_state
+from megatron_lite.context_parallel import (
+    PackedSeqParams,
+    split_sequence,
+    unsplit_sequence,
+)
+from megatron_lite.transformer.dot_product_attention import DotProductAttention
+from megatron_lite.transformer.enums import AttnMaskType
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+BOUND = 1e-12
+
+# Real and padded lengths differ; a document of one token, one without padding, one shorter than a chunk, one empty.
+REAL = torch.tensor([0, 5, 6, 22, 24, 24])
+PADDED = torch.tensor([0, 16, 24, 40, 56, 64])
+# Documents of any length in two rows of 32 tokens: boundaries inside chunks, one-token documents, padding at the end.
+IN_ROWS = torch.tensor([0, 1, 2, 13, 32, 32, 49, 61])
+
+PACKINGS = {
+    "plain": None,
+    "padded documents": {"cu_seqlens_q": REAL, "cu_seqlens_q_padded": PADDED},
+    "documents in rows": {"cu_seqlens_q": IN_ROWS, "cu_seqlens_split": torch.tensor([0, 32, 64])},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of splitting the attention."""
+
+    cp: int
+    comm_type: str
+    packing: str = "plain"
+    hierarchy: tuple[int, int] | None = None
+    heads: int = 8
+    groups: int = 2
+    causal: bool = True
+    backend: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """For the test's id."""
+        parts = [f"cp{self.cp}", self.comm_type, self.packing.replace(" ", "-"), f"{self.heads}/{self.groups}"]
+        return "-".join([*parts, self.backend] + ["bidirectional"] * (not self.causal))
+
+
+def packed_params(case: Case) -> PackedSeqParams | None:
+    fields = PACKINGS[case.packing]
+    return None if fields is None else PackedSeqParams(**fields)
+
+
+def allowed(case: Case, length: int) -> Tensor:
+    """Which key each query may see, [s, s], straight from the definition."""
+    fields = PACKINGS[case.packing]
+    document = torch.zeros(length, dtype=torch.int64)
+    if fields is not None:
+        real = fields["cu_seqlens_q"].tolist()
+        begin = fields.get("cu_seqlens_q_padded", fields["cu_seqlens_q"]).tolist()
+        document.fill_(-1)
+        for number in range(len(real) - 1):
+            document[begin[number] : begin[number] + real[number + 1] - real[number]] = number
+    visible = (document[:, None] == document[None, :]) & (document >= 0)[:, None]
+    return visible.tril() if case.causal else visible
+
+
+def inputs(case: Case) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value of the whole sequence, [64, b, heads, 16], and the weights of the loss."""
+    generator = torch.Generator().manual_seed(5)
+    batch = 2 if case.packing == "plain" else 1
+    shapes = [(64, batch, heads, 16) for heads in (case.heads, case.groups, case.groups, case.heads)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in tensors[:3]], tensors[3]
+
+
+def whole_attention(case: Case) -> list[Tensor]:
+    """Output and gradients of the whole attention on one process."""
+    (query, key, value), weight = inputs(case)
+    visible = allowed(case, query.size(0))
+    first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+    out = F.scaled_dot_product_attention(*first, attn_mask=visible, enable_gqa=True).permute(2, 0, 1, 3)
+    seen = visible.any(dim=1)
+    out = torch.where(seen[:, None, None, None], out, 0.0)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), (query, key, value))]
+
+
+def split_attention(rank: int, world_size: int, case: Case) -> list[Tensor]:
+    """The same by DotProductAttention on `cp` ranks; this rank's parts of output and gradients."""
+    parallel_state.initialize_model_parallel(
+        context_parallel_size=case.cp,
+        hierarchical_context_parallel_sizes=None if case.hierarchy is None else list(case.hierarchy),
+    )
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=case.heads * 16,
+        num_attention_heads=case.heads,
+        num_query_groups=case.groups,
+        context_parallel_size=case.cp,
+        hierarchical_context_parallel_sizes=None if case.hierarchy is None else list(case.hierarchy),
+        cp_comm_type=case.comm_type,
+        attention_backend=case.backend,
+        fp64=True,
+    )
+    mask_type = AttnMaskType.causal if case.causal else AttnMaskType.no_mask
+    attention = DotProductAttention(config, layer_number=1, attn_mask_type=mask_type)
+    packed = packed_params(case)
+    stretches = None if packed is None else packed.layout.stretches
+    whole, weight = inputs(case)
+    mine = [split_sequence(x.detach(), 0, case.cp, rank, stretches).requires_grad_() for x in whole]
+    out = attention(*mine, packed_seq_params=packed).view(*mine[0].shape)
+    grads = torch.autograd.grad((out * split_sequence(weight, 0, case.cp, rank, stretches)).sum(), mine)
+    return [out.detach(), *grads]
+
+
+CASES = [
+    *(Case(cp, kind, packing) for cp in (2, 4) for kind in ("p2p", "all_gather", "a2a") for packing in PACKINGS),
+    *(Case(4, "a2a+p2p", packing, hierarchy=(2, 2)) for packing in PACKINGS),
+    Case(1, "p2p", "padded documents"),
+    Case(1, "p2p", "documents in rows", backend="unfused"),
+    Case(4, "a2a", heads=4, groups=1),  # one key/value head, four ranks
+    Case(4, "a2a", heads=8, groups=8),
+    Case(4, "a2a+p2p", hierarchy=(4, 1)),
+    Case(4, "a2a+p2p", hierarchy=(1, 4)),
+    *(Case(2, kind, packing, backend="unfused") for kind in ("p2p", "all_gather") for packing in PACKINGS),
+    *(Case(2, kind, packing, causal=False) for kind in ("p2p", "all_gather", "a2a") for packing in PACKINGS),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_split_attention_equals_whole(pool, case):
+    """T15, T16, T19: output and gradients of query, key and value, equal to SDPA with the mask written out."""
+    packed = packed_params(case)
+    stretches = None if packed is None else packed.layout.stretches
+    found = pool.run(split_attention, case, world_size=case.cp)
+    for name, parts, expected in zip(
+        ("output", "query", "key", "value"), zip(*found, strict=True), whole_attention(case), strict=True
+    ):
+        actual = unsplit_sequence(parts, 0, stretches)
+        assert torch.isfinite(actual).all(), name
+        error = (actual - expected).abs().max().item()
+        assert error <= BOUND, f"{name}: {error}"
