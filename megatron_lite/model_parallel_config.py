@@ -7,6 +7,17 @@ import torch
 from megatron_lite.config_field import Validated, knob
 
 
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` just below and above `value`, for error messages."""
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    return f"{below} or {above}" if below > 0 else f"{above}"
+
+
+def divisors(value: int) -> str:
+    """The divisors of `value` as text, for error messages."""
+    return ", ".join(str(candidate) for candidate in range(1, value + 1) if value % candidate == 0)
+
+
 @dataclass
 class ModelParallelConfig(Validated):
     """What every parallel layer needs to know: sizes of the axes and the dtype it computes in.

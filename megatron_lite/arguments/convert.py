@@ -32,9 +32,9 @@ def convert(raw: Any, hint: Any) -> Any:
 
 
 def takes_many(hint: Any) -> bool:
-    """Whether a flag of this type takes several words; a type that also allows one word takes one."""
-    kinds = [typing.get_origin(kind) for kind in _alternatives(hint) if kind is not type(None)]
-    return kinds == [list]
+    """Whether a flag of this type takes several words; a number or a list of numbers is one word."""
+    kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
+    return [typing.get_origin(kind) for kind in kinds] == [list] or kinds == [str, list[str]]
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -6,6 +6,9 @@ if it takes several; after `=` may stand values, split by `|`, with which even a
 
 # Accepted, and said so at start-up.
 NO_EFFECT: dict[str, str] = {
+    "documents are kept apart without attention masks": """
+        --no-create-attention-mask-in-dataloader --disable-create-attention-mask-in-dataloader
+    """,
     "process groups are made by torch with its own defaults": """
         --pipeline-model-parallel-comm-backend= --local-rank= --nccl-communicator-config-path=
         --disable-gloo-process-groups --use-sharp --sharp-enabled-group= --high-priority-stream-groups=*
@@ -112,8 +115,8 @@ REFUSED: dict[str, str] = {
         --tensor-parallel-num-weight-shards=1 --expert-tensor-parallel-num-weight-shards=1
         --gtp-remat-opt-in-modules=* --outer-dp-sharding-strategy=no_shard --enable-full-sharding-in-hsdp
     """,
-    "context parallelism comes in a later version": """
-        --max-seqlen-per-dp-cp-rank= --hybrid-context-parallel --cp-comm-type=*p2p|a2a|all_gather|allgather
+    "all samples are split over the same context parallel ranks (--context-parallel-size)": """
+        --max-seqlen-per-dp-cp-rank= --hybrid-context-parallel
     """,
     "mixture of experts comes in a later version": """
         --overlap-moe-expert-parallel-comm --overlap-dispatch-backward-with-experts-wgrad
@@ -277,9 +280,6 @@ REFUSED: dict[str, str] = {
     """,
     "a run has one phase; start the next one from its checkpoint": """
         --phase-transition-iterations=
-    """,
-    "packing documents into separate sequences is chosen with --reset-attention-mask": """
-        --dataloader-inter-document-masking
     """,
     "fill-in-the-middle data are not implemented": """
         --fim-data --fim-rate= --fim-spm-rate= --fim-split-sample= --fim-fragment-rate= --fim-no-prefix=

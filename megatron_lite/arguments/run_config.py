@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.checkpoint.config import CheckpointConfig
 from megatron_lite.config_field import Validated
+from megatron_lite.context_parallel import get_padding
 from megatron_lite.datasets.config import DataConfig
 from megatron_lite.distributed.config import DistributedDataParallelConfig
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
@@ -89,6 +90,22 @@ class RunConfig(Validated):
         """Tokens of a sample, which validation asks for."""
         assert self.data.seq_length is not None, "seq_length is not set; validate the configuration first"
         return self.data.seq_length
+
+    @property
+    def padding(self) -> int:
+        """Tokens that context and sequence parallelism lack at the end of a sample to split it evenly."""
+        sizes = self.transformer
+        return get_padding(
+            self.sequence_length,
+            sizes.context_parallel_size,
+            sizes.tensor_model_parallel_size,
+            sizes.sequence_parallel,
+        )
+
+    @property
+    def padded_sequence_length(self) -> int:
+        """Tokens of a sample as the model sees it: with --pad-to-multiple padding included."""
+        return self.sequence_length + (self.padding if self.data.pad_to_multiple else 0)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The groups as plain values (numbers, text, lists), for checkpoints and logs; functions are left out."""

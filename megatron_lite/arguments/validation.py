@@ -8,7 +8,6 @@ from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator,
 from megatron_lite.transformer.transformer_config import divisors, nearest_multiples
 
 NOT_YET = {
-    "context_parallel_size": "context parallelism comes in a later version",
     "pipeline_model_parallel_size": "pipeline parallelism comes in a later version",
     "expert_model_parallel_size": "expert parallelism comes in a later version",
 }
@@ -124,16 +123,19 @@ def _sequence(run: RunConfig) -> Iterator[str]:
             f"{longest} or --max-position-embeddings {length}."
         )
     tp, cp = sizes.tensor_model_parallel_size, sizes.context_parallel_size
-    if cp > 1 and length % (2 * cp):
-        yield (
-            f"seq_length is {length}, but must be a multiple of 2 x context_parallel_size ({2 * cp}): "
-            f"write --seq-length {nearest_multiples(length, 2 * cp)}."
-        )
-    if sizes.sequence_parallel and length % (tp * cp):
-        yield (
-            f"seq_length is {length}, but sequence parallelism needs a multiple of tensor x context parallel size "
-            f"({tp} x {cp} = {tp * cp}): write --seq-length {nearest_multiples(length, tp * cp)}."
-        )
+    if not run.padding or run.data.pad_to_multiple:
+        return
+    if cp > 1:
+        factor, rule = 2 * cp, f"context_parallel_size {cp} splits it: sequence length must be divisible by cp_size * 2"
+        if sizes.sequence_parallel:
+            factor, rule = factor * tp, f"{rule} * tp_size under sequence parallelism (2 x {cp} x {tp})"
+        rule = f"{rule} = {factor}"
+    else:
+        factor, rule = tp, f"sequence parallelism needs a multiple of tensor_model_parallel_size = {tp}"
+    yield (
+        f"seq_length is {length}, but {rule}: write --seq-length {nearest_multiples(length, factor)}, or let "
+        "--pad-to-multiple fill up each sample."
+    )
 
 
 def _batch(run: RunConfig) -> Iterator[str]:
@@ -258,8 +260,3 @@ def _features(run: RunConfig) -> Iterator[str]:
         )
     if sizes.transformer_impl == "transformer_engine":
         yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
-    if sizes.hierarchical_context_parallel_sizes is not None:
-        yield (
-            f"hierarchical_context_parallel_sizes is {sizes.hierarchical_context_parallel_sizes}, but "
-            f"{NOT_YET['context_parallel_size']}: leave it out."
-        )

@@ -64,9 +64,19 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
     ),
     ("--data-path", lambda run: bool(run.data.data_path or run.data.data_args_path), ("split",)),
     (
-        "--reset-attention-mask",
-        lambda run: run.data.reset_attention_mask,
-        ("create_attention_mask_in_dataloader",),
+        "--context-parallel-size above 1",
+        lambda run: run.transformer.context_parallel_size > 1,
+        ("cp_comm_type", "hierarchical_context_parallel_sizes"),
+    ),
+    (
+        "--cp-comm-type a2a+p2p",
+        lambda run: run.transformer.context_parallel_size == 1 or run.transformer.has_hierarchical_context_parallelism,
+        ("hierarchical_context_parallel_sizes",),
+    ),
+    (
+        "--context-parallel-size above 1 or --sequence-parallel",
+        lambda run: run.transformer.context_parallel_size > 1 or run.transformer.sequence_parallel,
+        ("pad_to_multiple",),
     ),
     ("--eval-interval", lambda run: run.validation.eval_interval is not None, ("start_eval_at_iter",)),
     ("--exit-signal-handler", lambda run: run.training.exit_signal_handler, ("exit_signal",)),

@@ -27,7 +27,7 @@ def gpt_dataset_config(data: DataConfig, tokenizer: Any, seed: int) -> GPTDatase
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask and data.create_attention_mask_in_dataloader,
+        inter_document_masking=data.dataloader_inter_document_masking,
         mid_level_dataset_surplus=data.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=data.allow_ambiguous_pad_tokens,
     )

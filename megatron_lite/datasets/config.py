@@ -45,10 +45,15 @@ class DataConfig(Validated):
         0.005, "Share of samples built beyond what each dataset of a weighted blend is asked for."
     )
     reset_position_ids: bool = knob(False, "Start positions again at 0 after each end-of-document token.")
-    reset_attention_mask: bool = knob(False, "Keep tokens from attending to earlier documents of their sample.")
+    reset_attention_mask: bool = knob(
+        False, "Keep tokens from attending to documents of their sample that ended before, at an end-of-document token."
+    )
+    dataloader_inter_document_masking: bool = knob(
+        False, "The same and --reset-position-ids, by the documents of the files instead of end-of-document tokens."
+    )
     eod_mask_loss: bool = knob(False, "Do not count the prediction made from an end-of-document token.")
-    create_attention_mask_in_dataloader: bool = knob(
-        True, "Let --reset-attention-mask put attention masks into samples."
+    pad_to_multiple: bool = knob(
+        False, "Fill up each sample, masked, to the next length that context and sequence parallelism can split."
     )
     allow_ambiguous_pad_tokens: bool = knob(
         False, "Mask each token that has the pad id even if that is also the id of another special token."
@@ -66,11 +71,6 @@ class DataConfig(Validated):
             found.append(f"num_dataset_builder_threads is {self.num_dataset_builder_threads}; it must be at least 1.")
         if self.mid_level_dataset_surplus < 0.0:
             found.append(f"mid_level_dataset_surplus is {self.mid_level_dataset_surplus}; it must be 0 or more.")
-        if self.reset_attention_mask and not self.create_attention_mask_in_dataloader:
-            found.append(
-                "reset_attention_mask works through the attention mask, which --no-create-attention-mask-in-dataloader "
-                "forbids; drop one of the two flags."
-            )
         return found
 
     def _violations_of_sources(self) -> list[str]:

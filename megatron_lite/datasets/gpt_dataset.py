@@ -23,11 +23,13 @@ class GPTDatasetConfig(BlendedMegatronDatasetConfig):
 
     Attributes:
         reset_position_ids: positions start again at 0 after each end-of-document token.
-        reset_attention_mask: tokens do not attend to earlier documents of the sample.
+        reset_attention_mask: tokens do not attend beyond the end-of-document token before them; samples carry
+            `document_starts`.
+        inter_document_masking: tokens attend to their own document only and count positions in it, where documents are
+            those of the file and not what lies between end-of-document tokens; samples carry `document_starts`.
         eod_mask_loss: the prediction made from an end-of-document token, which is the first token of an unrelated
             document, does not count.
-        create_attention_mask: samples carry `attention_mask`; by default only if `reset_attention_mask`, since the
-            attention needs no mask to be causal.
+        create_attention_mask: samples carry a dense `attention_mask`, for models of other people; ours do not read it.
         drop_last_partial_validation_sequence: leave out the last validation sample if it would have to be padded.
         add_extra_token_to_sequence: read one token beyond each sample, so that its last token has a label.
     """
@@ -35,7 +37,8 @@ class GPTDatasetConfig(BlendedMegatronDatasetConfig):
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
-    create_attention_mask: bool | None = None
+    inter_document_masking: bool = False
+    create_attention_mask: bool = False
     drop_last_partial_validation_sequence: bool = True
     add_extra_token_to_sequence: bool = True
 
@@ -43,20 +46,14 @@ class GPTDatasetConfig(BlendedMegatronDatasetConfig):
         super().__post_init__()
         if self.tokenizer is None:
             raise ConfigError("A GPT dataset needs its tokenizer (for the end-of-document token); pass tokenizer=.")
-        if self.create_attention_mask is None:
-            self.create_attention_mask = self.reset_attention_mask
-        if self.reset_attention_mask and not self.create_attention_mask:
-            raise ConfigError(
-                "reset_attention_mask works through the attention mask, but create_attention_mask is False; "
-                "turn one of them round."
-            )
 
 
 class GPTDataset(MegatronDataset):
     """Samples of `sequence_length` tokens in the order of Megatron for the same files, seed and counts.
 
     An item is a dict of `tokens` [s] int64, `labels` [s] int64, `loss_mask` [s] float32, `position_ids` [s] int64 and,
-    where the configuration asks for it, `attention_mask` [1, s, s] bool, True where attention is forbidden.
+    where the configuration asks for it, `document_starts` [s] int64, the index in the sample of the first token of each
+    token's document, and `attention_mask` [1, s, s] bool, True where attention is forbidden.
     """
 
     config: GPTDatasetConfig
@@ -91,7 +88,8 @@ class GPTDataset(MegatronDataset):
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """The sample at a position of the run; None gives one whose loss is masked throughout, to fill a batch."""
         config = self.config
-        text = torch.from_numpy(self._read_text(0 if idx is None else int(idx)))
+        numbers, document_starts = self._read_text(0 if idx is None else int(idx))
+        text = torch.from_numpy(numbers)
         is_pad = (text == NO_TOKEN) | (text == self._pad_token_id)
         masks_and_positions = get_ltor_masks_and_position_ids(
             text[:-1],
@@ -99,25 +97,31 @@ class GPTDataset(MegatronDataset):
             config.reset_position_ids,
             config.reset_attention_mask,
             config.eod_mask_loss,
-            bool(config.create_attention_mask),
+            config.create_attention_mask,
+            torch.from_numpy(document_starts[:-1]) if config.inter_document_masking else None,
         )
         masks_and_positions["loss_mask"][is_pad[1:] if idx is not None else ...] = 0.0
         text = text.masked_fill(is_pad, 0)
         return {"tokens": text[:-1].clone(), "labels": text[1:].clone(), **masks_and_positions}
 
-    def _read_text(self, idx: int) -> NDArray[np.int64]:
-        """The tokens of the sample at position `idx` and the one after, [s + 1] int64, filled up with NO_TOKEN."""
+    def _read_text(self, idx: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The tokens of the sample at position `idx` and the one after, filled up with NO_TOKEN, and where in the
+        sample each token's document starts; both [s + 1] int64. What fills up belongs to the last document.
+        """
         sample = int(self.shuffle_index[idx])
         first, first_offset = (int(value) for value in self.sample_index[sample])
         last, last_offset = (int(value) for value in self.sample_index[sample + 1])
         end = last_offset + int(self.config.add_extra_token_to_sequence)
         text = np.full(self.config.sequence_length + 1, NO_TOKEN, dtype=np.int64)
+        starts = np.zeros_like(text)
         filled = 0
         for position in range(first, last + 1):
             offset = first_offset if position == first else 0
             length = end - offset if position == last else None
             part = self.dataset.get(int(self.document_index[position]), offset, length)
             text[filled : filled + len(part)] = part
+            if len(part):
+                starts[filled:] = filled
             filled += len(part)
         largest, vocab_size = int(text.max()), self.config.tokenizer.vocab_size
         if largest >= vocab_size:
@@ -125,7 +129,7 @@ class GPTDataset(MegatronDataset):
                 f"{self.dataset_path} holds the token {largest}, but the vocabulary has {vocab_size} ids: name the "
                 "tokenizer that made the data, or give its --vocab-size."
             )
-        return text
+        return text, starts
 
     def _build_document_sample_shuffle_indices(self) -> GPTIndices:
         """The indices of this split, from the cache if it has them."""
@@ -171,6 +175,7 @@ def get_ltor_masks_and_position_ids(
     reset_attention_mask: bool,
     eod_mask_loss: bool,
     create_attention_mask: bool,
+    document_starts: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Masks and positions of one sample read from left to right.
 
@@ -181,9 +186,12 @@ def get_ltor_masks_and_position_ids(
         reset_attention_mask: no attention across an end.
         eod_mask_loss: the prediction made from an end does not count.
         create_attention_mask: make `attention_mask`.
+        document_starts: [s] int64, index of the first token of each token's document. Where given, these documents are
+            kept apart and counted from 0 instead of those that ends divide, whatever the two settings above say.
 
     Returns:
-        loss_mask [s] float32, position_ids [s] int64 and perhaps attention_mask [1, s, s] bool, True where forbidden.
+        loss_mask [s] float32, position_ids [s] int64, document_starts [s] int64 if documents are kept apart, and
+        perhaps attention_mask [1, s, s] bool, True where forbidden.
     """
     length = tokens.numel()
     is_eod = tokens == eod_token
@@ -191,9 +199,15 @@ def get_ltor_masks_and_position_ids(
     if eod_mask_loss:
         loss_mask[is_eod] = 0.0
     positions = torch.arange(length, dtype=torch.int64)
-    begins = torch.zeros(length, dtype=torch.int64)
-    begins[1:] = torch.where(is_eod, positions + 1, 0).cummax(0).values[:-1]
+    begins = document_starts
+    if begins is None:
+        begins = torch.zeros(length, dtype=torch.int64)
+        begins[1:] = torch.where(is_eod, positions + 1, 0).cummax(0).values[:-1]
+    else:
+        reset_position_ids = reset_attention_mask = True
     result = {"loss_mask": loss_mask, "position_ids": positions - begins if reset_position_ids else positions}
+    if reset_attention_mask:
+        result["document_starts"] = begins
     if create_attention_mask:
         forbidden = positions[None, :] > positions[:, None]
         if reset_attention_mask:

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 
 from megatron_lite.config_field import knob
 from megatron_lite.model_parallel_config import ModelParallelConfig
+from megatron_lite.model_parallel_config import divisors as divisors
+from megatron_lite.model_parallel_config import nearest_multiples as nearest_multiples
 from megatron_lite.transformer.activations import quick_gelu, squared_relu
-
-
-def nearest_multiples(value: int, divisor: int) -> str:
-    """The multiples of `divisor` just below and above `value`, for error messages."""
-    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
-    return f"{below} or {above}" if below > 0 else f"{above}"
+from megatron_lite.transformer.attention_choices import CP_COMM_TYPES, context_parallel_violations
+from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
+from megatron_lite.transformer.attention_choices import uses_window as uses_window
 
 
 @dataclass
@@ -69,6 +68,14 @@ class TransformerConfig(ModelParallelConfig):
     hidden_dropout: float = knob(0.0, "Dropout after the embedding and at the end of each block.")
     attention_dropout: float = knob(0.0, "Dropout on the attention probabilities.")
 
+    # Context parallelism
+    cp_comm_type: str | list[str] | None = knob(
+        None,
+        "How context parallel ranks communicate in attention: p2p (a ring, the default), all_gather (or allgather), "
+        "a2a, or a2a+p2p with --hierarchical-context-parallel-sizes; one for all layers or one for each.",
+        choices=CP_COMM_TYPES,
+    )
+
     # Numerics
     attention_softmax_in_fp32: bool = knob(True, "Softmax in float32, as every backend here.", flag=False)
     apply_query_key_layer_scaling: bool = knob(
@@ -121,6 +128,7 @@ class TransformerConfig(ModelParallelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choose_activation()
+        self._tidy_cp_comm_type()
         if self.num_query_groups is None:
             self.num_query_groups = 1 if self.group_query_attention else self.num_attention_heads
         if self.kv_channels is None and self.num_attention_heads > 0:
@@ -143,6 +151,14 @@ class TransformerConfig(ModelParallelConfig):
             if getattr(self, flag):
                 self.activation_func, self.gated_linear_unit = function, gated
 
+    def _tidy_cp_comm_type(self) -> None:
+        """One spelling of each type, and a list only where layers may differ."""
+        given = self.cp_comm_type
+        if given is None:
+            return
+        types = ["all_gather" if one == "allgather" else one for one in ([given] if isinstance(given, str) else given)]
+        self.cp_comm_type = types[0] if len(types) == 1 else types
+
     def _choose_init_methods(self) -> None:
         std, layers = self.init_method_std, max(self.num_layers, 1)
         embedding_std = std if self.embedding_init_method_std is None else self.embedding_init_method_std
@@ -152,6 +168,12 @@ class TransformerConfig(ModelParallelConfig):
         self.init_method = self.init_method or normal_init(std)
         self.output_layer_init_method = self.output_layer_init_method or normal_init(std / (2.0 * layers) ** 0.5)
         self.embedding_init_method = self.embedding_init_method or normal_init(embedding_std)
+
+    @property
+    def has_hierarchical_context_parallelism(self) -> bool:
+        """Whether a layer communicates over the two groups of hierarchical_context_parallel_sizes."""
+        layers = range(1, self.num_layers + 1)
+        return self.context_parallel_size > 1 and any(cp_comm_type_of(self, n) == "a2a+p2p" for n in layers)
 
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""
@@ -197,7 +219,9 @@ class TransformerConfig(ModelParallelConfig):
         for name in ("layernorm_epsilon", "init_method_std", "embedding_init_method_std"):
             if (getattr(self, name) or 0.0) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
-        return found + self._window_violations() + self._recompute_violations()
+        return (
+            found + self._window_violations() + self._recompute_violations() + list(context_parallel_violations(self))
+        )
 
     def _window_violations(self) -> list[str]:
         found = []
@@ -243,8 +267,3 @@ def normal_init(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
         return torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
     return initialize
-
-
-def divisors(value: int) -> str:
-    """The divisors of `value` as text, for error messages."""
-    return ", ".join(str(candidate) for candidate in range(1, value + 1) if value % candidate == 0)

@@ -92,6 +92,8 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
         (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype bf16 is given, but not supported"),
         (["--ckpt-format", "fsdp_dtensor"], "--ckpt-format fsdp_dtensor is given, but not supported"),
+        (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
+        (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
         (["--batch-size", "8"], "write --micro-batch-size"),
         (["--moe-router-topk", "4", "--moe-grouped-gemm"], "--moe-router-topk 4, --moe-grouped-gemm are given"),
     ],
@@ -123,6 +125,17 @@ def test_second_spellings() -> None:
     run = build_run_config(read_settings(["--recompute-activations", "--encoder-num-layers", "3"]))
     assert run.transformer.recompute_granularity == "selective"
     assert run.transformer.num_layers == 3
+
+
+def test_context_parallelism_as_in_megatron() -> None:
+    words = "--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 4"
+    run = parse_args([*LLAMA3_8B, *words.split(), "--dataloader-inter-document-masking"])
+    assert run.transformer.cp_comm_type == "a2a+p2p"
+    assert run.transformer.hierarchical_context_parallel_sizes == [2, 4]
+    assert run.data.dataloader_inter_document_masking
+    assert any("--no-create-attention-mask-in-dataloader: accepted" in notice for notice in run.notices)
+    by_layer = parse_args([*LLAMA3_8B, *words.split()[:2], "--cp-comm-type", *["p2p", "allgather"] * 16])
+    assert by_layer.transformer.cp_comm_type == ["p2p", "all_gather"] * 16
 
 
 def test_gpt3_example_parses_and_asks_for_pipeline_stages() -> None:

@@ -1,12 +1,16 @@
 """Rules between settings: each violation says the value, the rule and the remedy, and all are reported at once."""
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_lite.arguments import RunConfig, build_run_config, parse_args, read_settings, validate
 from megatron_lite.arguments.validation import all_violations
 from megatron_lite.errors import ConfigError
+from megatron_lite.transformer.transformer_config import cp_comm_type_of
 
 BASE = {
     "num_layers": "2",
@@ -39,6 +43,9 @@ def violations(monkeypatch: pytest.MonkeyPatch, world: int, line: list[str]) -> 
     return all_violations(build_run_config(settings))
 
 
+CP2: dict[str, str | None] = {"context_parallel_size": "2"}
+CP4: dict[str, str | None] = {"context_parallel_size": "4"}
+
 # world size, changed settings, and what the one sentence must hold: the value, the rule's number, the remedy
 CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (6, {"tensor_model_parallel_size": "4"}, ["world_size is 6", "multiple of", "= 4", "4 or 8"]),
@@ -46,13 +53,63 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (1, {"num_query_groups": "3"}, ["num_query_groups is 3", "divide num_attention_heads (4)", "1, 2, 4"]),
     (1, {"pipeline_model_parallel_size": "0"}, ["pipeline_model_parallel_size is 0", "at least 1"]),
     (2, {"pipeline_model_parallel_size": "2"}, ["pipeline_model_parallel_size is 2", "later version", "write"]),
-    (2, {"context_parallel_size": "2"}, ["context_parallel_size is 2", "later version", "write"]),
     (2, {"expert_model_parallel_size": "2"}, ["expert_model_parallel_size is 2", "later version", "write"]),
     (1, {"seq_length": "64", "max_position_embeddings": "32"}, ["seq_length is 64", "(32)", "--seq-length 32"]),
     (
         4,
         {"tensor_model_parallel_size": "4", "sequence_parallel": None, "seq_length": "30"},
-        ["seq_length is 30", "= 4", "28 or 32"],
+        ["seq_length is 30", "= 4", "28 or 32", "--pad-to-multiple"],
+    ),
+    (
+        2,
+        {"context_parallel_size": "2", "seq_length": "30"},
+        ["seq_length is 30", "sequence length must be divisible by cp_size * 2 = 4", "28 or 32", "--pad-to-multiple"],
+    ),
+    (
+        4,
+        {"context_parallel_size": "2", "tensor_model_parallel_size": "2", "sequence_parallel": None, "seq_length": "4"},
+        ["seq_length is 4", "divisible by cp_size * 2 * tp_size", "(2 x 2 x 2) = 8", "--seq-length 8"],
+    ),
+    (2, CP2 | {"cp_comm_type": "ring"}, ["cp_comm_type is 'ring'", "p2p, all_gather, a2a, a2a+p2p"]),
+    (2, CP2 | {"cp_comm_type": "p2p a2a p2p"}, ["cp_comm_type has 3 values", "each of the 2", "write 2 of them"]),
+    (1, {"cp_comm_type": "p2p a2a p2p"}, ["cp_comm_type has 3 values", "each of the 2"]),
+    (4, CP4 | {"cp_comm_type": "a2a+p2p"}, ["cp_comm_type is a2a+p2p", "--hierarchical-context-parallel-sizes 2 2"]),
+    (
+        4,
+        CP4 | {"cp_comm_type": "a2a p2p a2a+p2p", "num_layers": "3", "hierarchical_context_parallel_sizes": "2 4"},
+        ["is [2, 4]", "product is context_parallel_size (4)", "-sizes 2 2"],
+    ),
+    (
+        4,
+        CP4 | {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": "4"},
+        ["is [4]", "two numbers", "-sizes 2 2"],
+    ),
+    (
+        4,
+        CP4 | {"cp_comm_type": "a2a", "num_attention_heads": "2"},
+        ["cp_comm_type is a2a over 4 ranks", "(2) must be a multiple", "1, 2 ranks", "or p2p"],
+    ),
+    (
+        4,
+        CP2 | {"cp_comm_type": "a2a", "num_attention_heads": "2", "tensor_model_parallel_size": "2"},
+        ["cp_comm_type is a2a over 2 ranks", "(1) must be a multiple"],
+    ),
+    (
+        4,
+        CP4 | {"cp_comm_type": "a2a", "num_attention_heads": "12", "hidden_size": "96", "num_query_groups": "6"},
+        ["cp_comm_type is a2a over 4 ranks", "(6) must be a multiple or a divisor", "use p2p"],
+    ),
+    (2, CP2 | {"attention_dropout": "0.1"}, ["attention_dropout is 0.1", "p2p", "only a2a", "--attention-dropout 0"]),
+    (
+        2,
+        CP2 | {"attention_dropout": "0.1", "cp_comm_type": "a2a all_gather"},
+        ["attention_dropout is 0.1", "all_gather"],
+    ),
+    (2, CP2 | {"window_size": "4,0"}, ["window_size is (4, 0) in layer 1", "p2p", "--cp-comm-type a2a"]),
+    (
+        2,
+        CP2 | {"window_size": "4,0", "window_attn_skip_freq": "2", "cp_comm_type": "all_gather a2a"},
+        ["window_size is (4, 0) in layer 1", "all_gather"],
     ),
     (2, {"global_batch_size": "6"}, ["global_batch_size is 6", "= 4", "4 or 8"]),
     (1, {"global_batch_size": "0"}, ["global_batch_size is 0", "positive", "1 or more"]),
@@ -70,7 +127,6 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     ),
     (1, {"exit_on_missing_checkpoint": None}, ["exit_on_missing_checkpoint", "--load FOLDER"]),
     (1, {"transformer_impl": "transformer_engine"}, ["transformer_engine", "later version", "write auto or local"]),
-    (1, {"hierarchical_context_parallel_sizes": "1 1"}, ["is [1, 1]", "later version", "leave it out"]),
     (1, {"fp16": None, "bf16": None}, ["--fp16 and --bf16", "one dtype", "keep one"]),
     (1, {"fp32_residual_connection": None}, ["fp32_residual_connection", "--bf16"]),
     (1, {"recompute_granularity": "full"}, ["recompute_granularity is full", "--recompute-method", "uniform"]),
@@ -189,6 +245,87 @@ def test_a_legal_run_has_no_violations(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor_model_parallel_size="2", sequence_parallel=None, global_batch_size="8", save="x", save_interval="5"
     )
     assert violations(monkeypatch, 4, line) == []
+
+
+LEGAL_UNDER_CONTEXT_PARALLELISM: list[tuple[int, dict[str, str | None]]] = [
+    (2, CP2),
+    (1, {"cp_comm_type": "a2a+p2p", "attention_dropout": "0.1"}),  # one rank communicates with nobody
+    (2, CP2 | {"cp_comm_type": "a2a", "attention_dropout": "0.1", "window_size": "4,0"}),
+    (2, CP2 | {"cp_comm_type": "a2a p2p", "window_size": "4,0", "window_attn_skip_freq": "2"}),
+    (4, CP4 | {"cp_comm_type": "a2a", "num_query_groups": "2"}),  # key/value heads are repeated
+    (4, CP4 | {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": "2,2", "num_query_groups": "1"}),
+    (4, CP2 | {"tensor_model_parallel_size": "2", "sequence_parallel": None}),
+    (4, CP4 | {"seq_length": "31", "pad_to_multiple": None}),
+    (2, CP2 | {"reset_attention_mask": None}),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), LEGAL_UNDER_CONTEXT_PARALLELISM)
+def test_what_context_parallelism_can_do(
+    monkeypatch: pytest.MonkeyPatch, world: int, changes: dict[str, str | None]
+) -> None:
+    assert violations(monkeypatch, world, words(**changes)) == []
+
+
+def test_types_of_communication_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: cp_comm_type_of that counts layers from 0 gives layer 1 the type of layer 2."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def types(value: str | None) -> list[str]:
+        given = {} if value is None else {"cp_comm_type": value}
+        config = parse_args(words(**CP2, **given)).transformer
+        return [cp_comm_type_of(config, number) for number in (1, 2)]
+
+    assert types(None) == ["p2p", "p2p"]
+    assert types("allgather") == ["all_gather", "all_gather"]
+    assert types("a2a") == ["a2a", "a2a"]
+    assert types("a2a allgather") == ["a2a", "all_gather"]
+
+
+def test_idle_settings_of_context_parallelism_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    said = parse_args(words(cp_comm_type="a2a", hierarchical_context_parallel_sizes="2 2", pad_to_multiple=None))
+    assert list(said.notices) == [
+        "--cp-comm-type, --hierarchical-context-parallel-sizes: without effect, because it belongs to "
+        "--context-parallel-size above 1.",
+        "--pad-to-multiple: without effect, because it belongs to --context-parallel-size above 1 or "
+        "--sequence-parallel.",
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    said = parse_args(words(**CP4, cp_comm_type="a2a", hierarchical_context_parallel_sizes="2 2"))
+    assert len(said.notices) == 1
+    assert "--cp-comm-type a2a+p2p" in said.notices[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(length=st.integers(1, 300), cp=st.integers(1, 5), tp=st.sampled_from([1, 2, 4]), sp=st.booleans())
+def test_lengths_are_refused_or_fit(length: int, cp: int, tp: int, sp: bool) -> None:
+    """Every length that passes can be cut for CP and SP, padded if asked; those named in a refusal pass."""
+
+    def of(length: int, pad: bool = False) -> RunConfig:
+        line = words(
+            num_attention_heads="4",
+            seq_length=str(length),
+            context_parallel_size=str(cp),
+            tensor_model_parallel_size=str(tp),
+            **({"sequence_parallel": None} if sp else {}),
+            **({"pad_to_multiple": None} if pad else {}),
+        )
+        return build_run_config(read_settings([*line, "--dry-run", "--world-size", str(cp * tp)]))
+
+    found = all_violations(of(length))
+    assert len(found) <= 1
+    if found:
+        named = re.search(r"write --seq-length (\d+)(?: or (\d+))?,", found[0])
+        assert named
+        assert all(all_violations(of(int(number))) == [] for number in named.groups() if number)
+    padded = of(length, pad=True)
+    assert all_violations(padded) == []
+    total = padded.padded_sequence_length
+    assert total >= length
+    assert (total == length) == (not found)
+    assert total % (2 * cp if cp > 1 else 1) == 0
+    assert total // cp % (tp if sp else 1) == 0
 
 
 def test_sequence_parallelism_of_one_rank_is_switched_off_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,13 @@ def test_system_calls_instead_of_mapping(data):
 def test_masks_reach_the_samples(data):
     data.reset_attention_mask = data.reset_position_ids = data.eod_mask_loss = True
     item = datasets(data)[0][0]
-    assert item["attention_mask"].shape == (1, 16, 16)
+    assert item["document_starts"].shape == (16,)
+    assert "attention_mask" not in item
+    data.reset_attention_mask = False
+    assert "document_starts" not in datasets(data)[0][0]
+    data.dataloader_inter_document_masking = True
+    item = datasets(data)[0][0]
+    assert torch.equal(item["position_ids"], torch.arange(16) - item["document_starts"])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,6 @@ def test_masks_reach_the_samples(data):
         ({"num_dataset_builder_threads": 0}, "at least 1"),
         ({"mid_level_dataset_surplus": -0.1}, "0 or more"),
         ({"dataloader_type": "external"}, "single, cyclic"),
-        ({"reset_attention_mask": True, "create_attention_mask_in_dataloader": False}, "drop one of the two"),
     ],
 )
 def test_rules(settings, message):

@@ -131,17 +131,48 @@ def test_samples_are_the_stream_of_tokens(folder, monkeypatch):
 def test_items_have_a_mask_only_if_asked(folder, monkeypatch):
     monkeypatch.chdir(folder)
     case = corpora.CASES["part of an epoch"]
-    item = build(case, create_attention_mask=None)[0][0]
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in item.items()} == {
+    plain = {
         "tokens": (torch.int64, (32,)),
         "labels": (torch.int64, (32,)),
         "loss_mask": (torch.float32, (32,)),
         "position_ids": (torch.int64, (32,)),
     }
-    item = build(case, create_attention_mask=None, reset_attention_mask=True)[0][0]
-    assert item["attention_mask"].shape == (1, 32, 32)
-    with pytest.raises(ConfigError, match="reset_attention_mask works through"):
-        build(case, create_attention_mask=False, reset_attention_mask=True)
+    documents = {"document_starts": (torch.int64, (32,))}
+    mask = {"attention_mask": (torch.bool, (1, 32, 32))}
+
+    def contents(**changes):
+        item = build(case, **({"create_attention_mask": False} | changes))[0][0]
+        return {key: (value.dtype, tuple(value.shape)) for key, value in item.items()}
+
+    assert GPTDatasetConfig.create_attention_mask is False
+    assert contents() == plain
+    assert contents(reset_attention_mask=True) == plain | documents
+    assert contents(inter_document_masking=True) == plain | documents
+    assert contents(create_attention_mask=True) == plain | mask
+    assert contents(create_attention_mask=True, reset_attention_mask=True) == plain | documents | mask
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_documents_of_the_file(folder, monkeypatch, split, tmp_path):
+    """inter_document_masking divides where the documents of the file do, whatever tokens end them.
+
+    Mutation: starts that count an empty part, or that the last token of a sample decides, differ from the walk.
+    """
+    monkeypatch.chdir(folder)
+    case = corpora.CASES["whole epoch, last validation sample padded"]
+    dataset = build(case, str(tmp_path), inter_document_masking=True)[split]
+    lengths = [int(dataset.dataset.sequence_lengths[document]) for document in dataset.document_index]
+    ends = np.cumsum(lengths)
+    several = 0
+    for position in range(len(dataset)):
+        item = dataset[position]
+        begin = 32 * int(dataset.shuffle_index[position])
+        document = np.minimum(np.searchsorted(ends, begin + np.arange(32), side="right"), len(ends) - 1)
+        starts = np.searchsorted(document, document, side="left")
+        assert item["document_starts"].tolist() == starts.tolist()
+        assert item["position_ids"].tolist() == (np.arange(32) - starts).tolist()
+        several += starts[-1] > 0
+    assert several > 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -155,8 +186,9 @@ def test_masks_and_positions_against_their_definition(tokens):
         for j in range(len(tokens)):
             allowed = j <= i and document[i] == document[j]
             assert bool(result["attention_mask"][0, i, j]) == (not allowed)
+    assert result["document_starts"].tolist() == [document.index(number) for number in document]
     plain = get_ltor_masks_and_position_ids(torch.tensor(tokens), 0, False, False, False, False)
-    assert "attention_mask" not in plain
+    assert not {"attention_mask", "document_starts"} & set(plain)
     assert plain["loss_mask"].all()
     assert plain["position_ids"].tolist() == list(range(len(tokens)))
 
