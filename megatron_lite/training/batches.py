@@ -1,23 +1,38 @@
-"""From datasets to the micro-batches of a step, on the device."""
+"""From datasets to the micro-batches of a step: padded, split over context parallel ranks, on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_lite.context_parallel import PackedSeqParams, get_batch_on_this_cp_rank
 from megatron_lite.errors import ConfigError
 
-MicroBatch = dict[str, torch.Tensor]
-"""tokens, labels, position_ids: int64 [b, s]; loss_mask: float [b, s]; optionally attention_mask: bool [b, 1, s, s]."""
+MicroBatch = dict[str, Any]
+"""What the model reads, by name. Tensors: tokens, labels, position_ids int64 [b, s / cp]; loss_mask float [b, s / cp].
+Optionally packed_seq_params, a PackedSeqParams on the host, where documents are to be kept apart."""
 
 
 class MicroBatchStream:
     """Hands out the micro-batches of one global batch at a time, already on their way to the device."""
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
-        """`loader` yields dictionaries of [b, s] tensors in the order of consumed samples."""
-        self._iterator: Iterator[MicroBatch] = iter(loader)
-        self._device = device
+    def __init__(
+        self, loader: Any, device: torch.device, cp_group: ProcessGroup | None = None, padding: int = 0
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            loader: yields dictionaries of [b, s] tensors in the order of consumed samples, the same on all ranks of
+                `cp_group`; of `document_starts` see GPTDataset.
+            device: where the tensors go.
+            cp_group: ranks over which each sequence is split; None stands for this process alone.
+            padding: masked tokens to append to each sequence before the split.
+        """
+        self._iterator: Iterator[Mapping[str, Any]] = iter(loader)
+        self._device, self._cp_group, self._padding = device, cp_group, padding
 
     def next_global_batch(self, num_microbatches: int) -> list[MicroBatch]:
         """The next `num_microbatches` micro-batches of this rank.
@@ -39,11 +54,66 @@ class MicroBatchStream:
             except ConfigError as error:
                 # A worker process wraps its message in its traceback.
                 raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from error
-            batches.append(
-                {
-                    name: tensor.to(self._device, non_blocking=True)
-                    for name, tensor in batch.items()
-                    if isinstance(tensor, torch.Tensor)
-                }
-            )
+            mine = prepare(batch, self._cp_group, self._padding)
+            batches.append({name: _send(value, self._device) for name, value in mine.items()})
         return batches
+
+
+def prepare(batch: Mapping[str, Any], cp_group: ProcessGroup | None = None, padding: int = 0) -> MicroBatch:
+    """This rank's part of a collated batch of samples, still on the host. The batch itself is left as it is.
+
+    Args:
+        batch: tensors [b, s], document_starts among them where documents are kept apart; the rest is left out.
+        cp_group: ranks over which each sequence is split; None stands for this process alone.
+        padding: tokens to append to each sequence before the split. They count nothing in the loss, and no real token
+            attends to them, because they come last and belong to no document.
+
+    Raises:
+        ConfigError: the length of the sequences, padding included, is not divisible by cp_size * 2.
+    """
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > 1}
+    starts = tensors.pop("document_starts", None)
+    if padding:
+        tensors = {name: F.pad(tensor, (0, padding)) for name, tensor in tensors.items()}
+    mine: MicroBatch = dict(get_batch_on_this_cp_rank(tensors, cp_group))
+    if starts is not None:
+        mine["packed_seq_params"] = packed_documents(starts, padding)
+    return mine
+
+
+def packed_documents(document_starts: Tensor, padding: int = 0) -> PackedSeqParams:
+    """The documents of a batch whose b padded sequences are read as one row of b * (s + padding) tokens.
+
+    Args:
+        document_starts: int64 [b, s], index in its sequence of the first token of each token's document.
+        padding: tokens behind each sequence, outside of its documents.
+
+    Returns:
+        PackedSeqParams on the host, in which the last document of each sequence has room for the padding, and the
+        context parallel split goes by whole sequences.
+    """
+    batch, length = document_starts.shape
+    padded = length + padding
+    row, begin = (document_starts == torch.arange(length)).nonzero(as_tuple=True)
+    real = torch.cat([row * length + begin, torch.tensor([batch * length])]).to(torch.int32)
+    room = torch.cat([row * padded + begin, torch.tensor([batch * padded])]).to(torch.int32)
+    longest = int(real.diff().max())
+    return PackedSeqParams(
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=room,
+        cu_seqlens_kv_padded=room,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        cu_seqlens_split=torch.arange(batch + 1, dtype=torch.int32) * padded,
+    )
+
+
+def _send(value: Any, device: torch.device) -> Any:
+    """A tensor on its way to the device. Out of pageable memory (padded and split tensors are new) the copy would wait
+    for all that the device still has to do."""
+    if not isinstance(value, Tensor):
+        return value
+    if device.type == "cuda" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron_lite.transformer.attention_choices import describe_communication
 
 
 def training_device(backend: str | None = None) -> torch.device:
@@ -67,6 +68,9 @@ def initialize_parallel_groups(config: RunConfig) -> None:
         pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
         context_parallel_size=sizes.context_parallel_size,
+        hierarchical_context_parallel_sizes=(
+            sizes.hierarchical_context_parallel_sizes if sizes.has_hierarchical_context_parallelism else None
+        ),
         expert_model_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
         num_distributed_optimizer_instances=config.ddp.number_of_replicas(data_and_context),
@@ -104,10 +108,13 @@ def announce(config: RunConfig, device: torch.device) -> None:
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads a rank"
     )
+    context = ""
+    if sizes.context_parallel_size > 1:
+        context = f" x context {sizes.context_parallel_size} ({describe_communication(sizes)})"
     dtype = str(sizes.params_dtype).removeprefix("torch.")
     print_rank_0(
         f"megatron_lite on {config.world_size} ranks ({where}), {dtype}: tensor {sizes.tensor_model_parallel_size}"
-        f"{' with sequence' if sizes.sequence_parallel else ''} x data {config.data_parallel_size} "
+        f"{' with sequence' if sizes.sequence_parallel else ''}{context} x data {config.data_parallel_size} "
         f"({config.ddp.data_parallel_sharding_strategy}); global batch {config.global_batch_size} sequences of "
         f"{config.data.seq_length} tokens"
     )

@@ -91,10 +91,13 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         compile_layers=config.training.compile,
     )
     total = sum(parameter.numel() for parameter in model.parameters())
-    print_rank_0(
-        f" > number of parameters: {total:,} ({parallel_state.get_tensor_model_parallel_world_size()}-way "
-        f"tensor parallel, {parallel_state.get_data_parallel_world_size()}-way data parallel)"
-    )
+    ways = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+    shown = ", ".join(f"{ranks}-way {axis} parallel" for axis, ranks in ways.items() if axis != "context" or ranks > 1)
+    print_rank_0(f" > number of parameters: {total:,} ({shown})")
     return model
 
 
@@ -153,6 +156,8 @@ def data_streams(
     )
     consumed = (progress.consumed_train_samples, progress.consumed_valid_samples, 0)
     exit_signal = signal.Signals[config.training.exit_signal] if config.training.exit_signal_handler else None
+    cp_group = parallel_state.get_context_parallel_group()
+    padding = config.padded_sequence_length - config.sequence_length
     streams: list[MicroBatchStream | None] = []
     for dataset, start in zip(datasets, consumed, strict=True):
         loader = build_pretraining_data_loader(
@@ -165,7 +170,7 @@ def data_streams(
             num_workers=config.data.num_workers,
             exit_signal=exit_signal,
         )
-        streams.append(None if loader is None else MicroBatchStream(loader, device))
+        streams.append(None if loader is None else MicroBatchStream(loader, device, cp_group, padding))
     return streams
 
 

@@ -36,13 +36,14 @@ class StepOutput:
 
 
 def micro_batch_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Loss of each token of a micro-batch, [b, s], zero where the loss mask is."""
+    """Loss of each of this rank's tokens of a micro-batch, [b, s / cp], zero where the loss mask is."""
     return model(
         batch["tokens"],
         batch["position_ids"],
         batch.get("attention_mask"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch.get("packed_seq_params"),
     )
 
 
@@ -60,21 +61,23 @@ def count_tokens(micro_batches: list[MicroBatch], group: dist.ProcessGroup | Non
 
 
 def loss_weights(
-    micro_batches: list[MicroBatch], total_tokens: Tensor, data_parallel_size: int, per_token: bool
+    micro_batches: list[MicroBatch],
+    total_tokens: Tensor,
+    data_parallel_size: int,
+    per_token: bool,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
     """What the summed loss of each micro-batch is multiplied with before its backward pass.
 
     Per token: 1 / (valid tokens of the global batch), so that every token weighs alike. Otherwise Megatron's older
-    rule, the mean over micro-batches and ranks of each micro-batch's token mean.
+    rule, the mean over micro-batches and data parallel ranks of each micro-batch's token mean. Context parallel ranks
+    hold parts of the same micro-batch, so its tokens are counted over `cp_group`.
     """
     if per_token:
         return [total_tokens.reciprocal()] * len(micro_batches)
-    return [
-        (
-            batch["loss_mask"].sum(dtype=torch.float64).clamp(min=1.0) * len(micro_batches) * data_parallel_size
-        ).reciprocal()
-        for batch in micro_batches
-    ]
+    tokens = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches])
+    sum_over(tokens, cp_group)
+    return list((tokens.clamp(min=1.0) * len(micro_batches) * data_parallel_size).reciprocal().unbind())
 
 
 def train_step(
@@ -84,6 +87,7 @@ def train_step(
     *,
     tp_group: dist.ProcessGroup | None,
     dp_cp_group: dist.ProcessGroup | None,
+    cp_group: dist.ProcessGroup | None = None,
     per_token_loss: bool = True,
 ) -> StepOutput:
     """Train on one global batch without waiting for the device.
@@ -94,10 +98,16 @@ def train_step(
         micro_batches: this rank's share of the global batch.
         tp_group: ranks that share each layer; sums the gradients that are partial over it.
         dp_cp_group: ranks between which tokens are split; normalizes the loss.
+        cp_group: those of them that share micro-batches; None stands for this rank alone.
         per_token_loss: see `loss_weights`.
     """
     loss, total_tokens = forward_backward(
-        model, optimizer, micro_batches, dp_cp_group=dp_cp_group, per_token_loss=per_token_loss
+        model,
+        optimizer,
+        micro_batches,
+        dp_cp_group=dp_cp_group,
+        cp_group=cp_group,
+        per_token_loss=per_token_loss,
     )
     finalize_model_grads(model, tp_group)
     loss_scale = optimizer.get_loss_scale().clone()
@@ -112,12 +122,14 @@ def forward_backward(
     micro_batches: list[MicroBatch],
     *,
     dp_cp_group: dist.ProcessGroup | None,
+    cp_group: dist.ProcessGroup | None = None,
     per_token_loss: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the global batch into the model; returns (this rank's summed loss, valid tokens of all ranks)."""
     optimizer.zero_grad()
     total_tokens = count_tokens(micro_batches, dp_cp_group)
-    weights = loss_weights(micro_batches, total_tokens, group_size(dp_cp_group), per_token_loss)
+    data_parallel_size = group_size(dp_cp_group) // group_size(cp_group)
+    weights = loss_weights(micro_batches, total_tokens, data_parallel_size, per_token_loss, cp_group)
     loss = torch.zeros_like(total_tokens)
     for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
         set_is_last_microbatch(model, number == len(micro_batches))

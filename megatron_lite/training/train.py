@@ -101,6 +101,7 @@ def one_iteration(run: Run) -> None:
             batches,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            cp_group=parallel_state.get_context_parallel_group(),
             per_token_loss=config.transformer.calculate_per_token_loss,
         )
         record = IterationRecord(

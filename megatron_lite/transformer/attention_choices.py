@@ -34,6 +34,17 @@ def uses_window(config: "TransformerConfig", layer_number: int) -> bool:
     return bool(frequency[layer_number - 1])
 
 
+def describe_communication(config: "TransformerConfig") -> str:
+    """The types of context parallel communication in a few words: "a2a in 16 layers, p2p in 16 layers"."""
+    types = [cp_comm_type_of(config, number) for number in range(1, config.num_layers + 1)]
+    names = {one: one for one in types}
+    if "a2a+p2p" in names:
+        names["a2a+p2p"] += " of " + " x ".join(map(str, config.hierarchical_context_parallel_sizes or []))
+    if len(names) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{name} in {types.count(one)} layers" for one, name in names.items())
+
+
 def context_parallel_violations(config: "TransformerConfig") -> Iterator[str]:
     """What cp_comm_type asks for and the other settings do not allow.
 

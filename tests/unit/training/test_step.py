@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite import parallel_state
 from megatron_lite.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron_lite.training import step
 from megatron_lite.training.step import count_tokens, loss_weights, train_step
 from tests.parallel.layouts import Layout, build, micro_batches
 
@@ -54,6 +55,37 @@ def test_loss_weights(groups):
     assert [weight.item() for weight in loss_weights(batches, total, 2, per_token=True)] == [0.25, 0.25, 0.25]
     by_means = [weight.item() for weight in loss_weights(batches, total, 2, per_token=False)]
     assert by_means == pytest.approx([1 / 6, 1 / 18, 1 / 6])
+
+
+def test_loss_weights_count_a_micro_batch_over_its_context_parallel_ranks(groups, monkeypatch):
+    """The other rank of two has 3 tokens more of the first micro-batch and none of the second.
+
+    Mutation: without the sum over cp_group the weights are 1 / 4 and 1 / 12; counted over four ranks, halves.
+    """
+
+    def two_ranks(tensor, group):
+        assert group == "both"
+        tensor += torch.tensor([3.0, 0.0], dtype=tensor.dtype)
+
+    monkeypatch.setattr(step, "sum_over", two_ranks)
+    batches = [{"loss_mask": torch.tensor(mask)} for mask in ([[0.0, 1.0]], [[1.0, 1.0, 1.0]])]
+    weights = loss_weights(batches, torch.tensor(7.0), 2, per_token=False, cp_group="both")
+    assert [weight.item() for weight in weights] == pytest.approx([1 / (4 * 2 * 2), 1 / (3 * 2 * 2)])
+
+
+def test_documents_reach_the_model():
+    """Mutation: micro_batch_losses without packed_seq_params."""
+    seen = {}
+
+    def model(*arguments, **named):
+        seen.update(named)
+        return torch.zeros(1)
+
+    batch = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), torch.zeros(1, 1))
+    step.micro_batch_losses(model, batch)
+    assert seen["packed_seq_params"] is None
+    step.micro_batch_losses(model, batch | {"packed_seq_params": "documents"})
+    assert seen["packed_seq_params"] == "documents"
 
 
 def test_nothing_valid_is_not_a_division_by_zero(groups):
