@@ -1,21 +1,25 @@
 """DotProductAttention with the sequence split over ranks, against SDPA on the whole sequence, in float64.
 
-T15, T19. Mutations tried, each of which makes rows fail: see the docstrings.
+T15, T16, T19.
 """
 
+import weakref
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.instruments import count_sent_bytes
 from megatron_lite import parallel_state
 from megatron_lite.context_parallel import (
     PackedSeqParams,
     split_sequence,
     unsplit_sequence,
 )
+from megatron_lite.tensor_parallel import collectives
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -94,11 +98,13 @@ def whole_attention(case: Case) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), (query, key, value))]
 
 
-def split_attention(rank: int, world_size: int, case: Case) -> list[Tensor]:
-    """The same by DotProductAttention on `cp` ranks; this rank's parts of output and gradients."""
+def attention_of_rank(
+    rank: int, case: Case, dtype: torch.dtype = torch.float64
+) -> tuple[DotProductAttention, list[Tensor], Tensor]:
+    """The module on this rank, its part of query, key and value, and of the loss's weights."""
+    hierarchy = None if case.hierarchy is None else list(case.hierarchy)
     parallel_state.initialize_model_parallel(
-        context_parallel_size=case.cp,
-        hierarchical_context_parallel_sizes=None if case.hierarchy is None else list(case.hierarchy),
+        context_parallel_size=case.cp, hierarchical_context_parallel_sizes=hierarchy
     )
     config = TransformerConfig(
         num_layers=1,
@@ -106,20 +112,24 @@ def split_attention(rank: int, world_size: int, case: Case) -> list[Tensor]:
         num_attention_heads=case.heads,
         num_query_groups=case.groups,
         context_parallel_size=case.cp,
-        hierarchical_context_parallel_sizes=None if case.hierarchy is None else list(case.hierarchy),
+        hierarchical_context_parallel_sizes=hierarchy,
         cp_comm_type=case.comm_type,
         attention_backend=case.backend,
-        fp64=True,
     )
     mask_type = AttnMaskType.causal if case.causal else AttnMaskType.no_mask
-    attention = DotProductAttention(config, layer_number=1, attn_mask_type=mask_type)
     packed = packed_params(case)
     stretches = None if packed is None else packed.layout.stretches
     whole, weight = inputs(case)
-    mine = [split_sequence(x.detach(), 0, case.cp, rank, stretches).requires_grad_() for x in whole]
-    out = attention(*mine, packed_seq_params=packed).view(*mine[0].shape)
-    grads = torch.autograd.grad((out * split_sequence(weight, 0, case.cp, rank, stretches)).sum(), mine)
-    return [out.detach(), *grads]
+    mine = [split_sequence(x.detach(), 0, case.cp, rank, stretches).to(dtype) for x in (*whole, weight)]
+    attention = DotProductAttention(config, layer_number=1, attn_mask_type=mask_type)
+    return attention, [x.requires_grad_() for x in mine[:3]], mine[3]
+
+
+def split_attention(rank: int, world_size: int, case: Case) -> list[Tensor]:
+    """The same by DotProductAttention on `cp` ranks; this rank's parts of output and gradients."""
+    attention, mine, weight = attention_of_rank(rank, case)
+    out = attention(*mine, packed_seq_params=packed_params(case)).view(*mine[0].shape)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), mine)]
 
 
 CASES = [
@@ -138,7 +148,12 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_split_attention_equals_whole(pool, case):
-    """T15, T16, T19: output and gradients of query, key and value, equal to SDPA with the mask written out."""
+    """T15, T16, T19: output and gradients of query, key and value, equal to SDPA with the mask written out.
+
+    Mutations: take a later rank's keys for an earlier one's; merge without rescaling; drop the key gradients that come
+    home; cut chunks cp + r instead of 2 cp - 1 - r; padded lengths or real starts for the documents; no reordering
+    behind the all-to-all; gathered gradients not summed.
+    """
     packed = packed_params(case)
     stretches = None if packed is None else packed.layout.stretches
     found = pool.run(split_attention, case, world_size=case.cp)
@@ -149,3 +164,75 @@ def test_split_attention_equals_whole(pool, case):
         assert torch.isfinite(actual).all(), name
         error = (actual - expected).abs().max().item()
         assert error <= BOUND, f"{name}: {error}"
+
+
+def expected_bytes(case: Case, tokens: int, batch: int, head_size: int, width: int, wide: int) -> tuple[int, int]:
+    """What docs/context_parallel.md says one rank sends in one layer's attention: (forward, backward).
+
+    K, the keys and values of one rank, are 2 s/cp b g d numbers of w bytes; gradients travel in `wide` bytes.
+    """
+    local = tokens // case.cp * batch * head_size
+    inner, outer = {"a2a": (case.cp, 1), "a2a+p2p": case.hierarchy}.get(case.comm_type, (1, case.cp))
+    groups = max(case.groups, inner)  # repeated for the all-to-all
+    exchanged = local * (2 * case.heads + 2 * groups) * width * (inner - 1) // inner
+    keys = 2 * local * groups
+    forward = exchanged + (outer - 1) * keys * width
+    return forward, exchanged + (outer - 1) * keys * (width + wide)
+
+
+def sent_in_attention(rank: int, world_size: int, case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes sent by this rank forward and backward."""
+    attention, mine, _ = attention_of_rank(rank, case, dtype)
+    with count_sent_bytes() as forward:
+        out = attention(*mine)
+    with count_sent_bytes() as backward:
+        out.sum().backward()
+    return forward.total(), backward.total()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, "p2p"),
+        Case(4, "p2p"),
+        Case(4, "all_gather"),
+        Case(2, "a2a"),
+        Case(4, "a2a"),
+        Case(4, "a2a", groups=1),
+        Case(4, "a2a+p2p", hierarchy=(2, 2)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_bytes_sent_equal_the_formula(pool, case, dtype):
+    """Counted at the collectives, on each rank.
+
+    Mutations: send keys and values once more after the last step; gather in backward what forward could have kept.
+    """
+    width, wide = dtype.itemsize, max(dtype.itemsize, 4)
+    expected = expected_bytes(case, tokens=64, batch=2, head_size=16, width=width, wide=wide)
+    assert set(pool.run(sent_in_attention, case, dtype, world_size=case.cp)) == {expected}
+
+
+def foreign_blocks_held(rank: int, world_size: int, case: Case) -> int:
+    """Most received key/value blocks alive at once during the ring's forward and backward."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def watched(tensor: Tensor, group: object) -> Tensor:
+        nonlocal most
+        received = collectives.start_shift(tensor, group)  # type: ignore[arg-type]
+        if tensor.dtype == torch.bfloat16:  # keys and values; their gradients travel in float32
+            alive.add(received)
+            most = max(most, len(alive))
+        return received
+
+    attention, mine, _ = attention_of_rank(rank, case, torch.bfloat16)
+    with mock.patch("megatron_lite.context_parallel.ring.start_shift", watched):
+        attention(*mine).sum().backward()
+    return most
+
+
+def test_ring_holds_two_foreign_blocks(pool):
+    """The one in use and the one that arrives. Mutation: keep each received block in a list."""
+    assert pool.run(foreign_blocks_held, Case(4, "p2p"), world_size=4) == [2] * 4
