@@ -24,6 +24,7 @@ from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.tokenizers import build_tokenizer
 from megatron_lite.training.initialize import initialize_parallel_groups
 from megatron_lite.training.setup import build_gpt
+from megatron_lite.transformer.attention_choices import describe_communication
 
 GIB, MIB = 2**30, 2**20
 
@@ -146,8 +147,9 @@ def memory_of(run: RunConfig, size: ModelSize) -> Memory:
 
     Master weights, gradients and optimizer state are as stored. Weights are computed with in `params_dtype`, gathered:
     the whole tensor parallel part, or under optim_grads_params two layers (one in use, one on its way) and what
-    belongs to no layer. One data parallel rank has no second copy if it computes in the masters' dtype. Under optim,
-    gradients of several micro-batches also wait whole for their one reduction.
+    belongs to no layer. A rank that shares its part with none (data and context parallel) has no second copy if it
+    computes in the masters' dtype. Under optim, gradients of several micro-batches also wait whole for their one
+    reduction.
     """
     main, compute = run.transformer.main_params_dtype.itemsize, run.transformer.params_dtype.itemsize
     split_parameters = run.ddp.data_parallel_sharding_strategy == "optim_grads_params"
@@ -155,7 +157,7 @@ def memory_of(run: RunConfig, size: ModelSize) -> Memory:
     gathered = size.tensor_parallel_shard
     if split_parameters:
         gathered = min(gathered, 2 * size.largest_layer + max(outside_layers, 0))
-    if run.data_parallel_size == 1 and main == compute:
+    if run.data_parallel_size * run.transformer.context_parallel_size == 1 and main == compute:
         gathered = 0
     waits_whole = run.ddp.data_parallel_sharding_strategy == "optim" and _micro_batches(run) > 1
     reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
@@ -172,15 +174,17 @@ def memory_of(run: RunConfig, size: ModelSize) -> Memory:
 def activation_bytes(run: RunConfig) -> int:
     """Bytes that the layers keep for the backward of one micro-batch, attention as one fused operation.
 
+    The tokens are this context parallel rank's part of the sequences, padding included.
     Per token and layer: the inputs of both norms and of the two matrices after them (4 h, split over tensor ranks
     only with sequence parallelism), queries, keys, values and the attention's output, and two or three activations
     of the MLP (f each, split over tensor ranks). Full recomputation keeps one layer input (h) for each recomputed
-    unit, and one unit's activations while it is recomputed. Left out: dropout masks, and the loss (it runs in chunks).
+    unit, and one unit's activations while it is recomputed. Left out: dropout masks, the loss (it runs in chunks), and
+    what context parallel ranks have of each other's keys and values.
     """
     c = run.transformer
     tp = c.tensor_model_parallel_size
     heads = c.kv_channels or 0
-    tokens = (run.training.micro_batch_size or 1) * (run.data.seq_length or 0) // c.context_parallel_size
+    tokens = (run.training.micro_batch_size or 1) * run.padded_sequence_length // c.context_parallel_size
     stream = c.hidden_size / (tp if c.sequence_parallel else 1)
     attention = (2 * c.num_attention_heads + 2 * (c.num_query_groups or 0)) * heads / tp
     mlp = (3 if c.gated_linear_unit else 2) * (c.ffn_hidden_size or 0) / tp
@@ -203,13 +207,16 @@ def _micro_batches(run: RunConfig) -> int:
 def _layout_lines(run: RunConfig) -> Iterator[str]:
     sizes = run.transformer
     sequence = " with sequence parallelism" if sizes.sequence_parallel else ""
-    groups = (
+    groups = [
         (
             f"tensor parallel {sizes.tensor_model_parallel_size}{sequence}",
             parallel_state.get_tensor_model_parallel_group(),
         ),
         (f"data parallel {run.data_parallel_size}", parallel_state.get_data_parallel_group()),
-    )
+    ]
+    if sizes.context_parallel_size > 1:
+        name = f"context parallel {sizes.context_parallel_size} by {describe_communication(sizes)}"
+        groups.insert(1, (name, parallel_state.get_context_parallel_group()))
     for name, group in groups:
         assert group is not None
         yield f"{name}: rank 0 {_company(dist.get_process_group_ranks(group))}"
@@ -259,6 +266,11 @@ def _batch_lines(run: RunConfig) -> Iterator[str]:
         f"{batch:,} sequences a step = {training.micro_batch_size} a micro-batch x {run.data_parallel_size} data "
         f"parallel ranks x {_micro_batches(run)} micro-batches = {batch * length:,} tokens"
     )
+    cp, padded = run.transformer.context_parallel_size, run.padded_sequence_length
+    if padded != length:
+        yield f"each sequence is filled up with {padded - length:,} masked tokens to {padded:,}"
+    if cp > 1:
+        yield f"each sequence is split over {cp} context parallel ranks, {padded // cp:,} tokens a rank"
     calculator = build_num_microbatches_calculator(
         training.rampup_batch_size,
         batch,

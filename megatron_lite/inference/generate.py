@@ -35,8 +35,15 @@ def generate_tokens(
         [b] the next token of each sequence.
 
     Raises:
-        ConfigError: an empty prompt, one that fills the longest sequence, or an illegal sampling setting.
+        ConfigError: an empty prompt, one that fills the longest sequence, an illegal sampling setting, or a model whose
+            sequences are split over context parallel ranks.
     """
+    ranks = model.config.context_parallel_size
+    if ranks > 1:
+        raise ConfigError(
+            f"context_parallel_size is {ranks}, but tokens are generated with whole sequences on each rank: build the "
+            "model with context_parallel_size 1 (its weights are the same), or read its checkpoint with load_model."
+        )
     sampling = sampling or SamplingConfig()
     sampling.validate()
     batch, length = prompt.shape

@@ -58,6 +58,8 @@ def load_model(
     one_process = {
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
+        "cp_comm_type": None,
+        "hierarchical_context_parallel_sizes": None,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
         "sequence_parallel": False,

@@ -59,6 +59,44 @@ def test_llama3_70b_on_1024_ranks() -> None:
     )
 
 
+@pytest.mark.parametrize(("world", "replicas"), [(64, 2), (256, 8)])
+def test_llama3_8b_at_131072_tokens(world: int, replicas: int) -> None:
+    """Mutation: activations of whole sequences instead of a rank's eighth do not fit a GPU of 80 GB."""
+    run = run_of("llama3_8b_128k", world)
+    report = describe(run)
+    assert "context parallel 8 by p2p: rank 0 works with ranks 0, 4, 8, 12, 16, 20, 24, 28" in report
+    assert f"data parallel {replicas}: rank 0 works with ranks 0, 32" in report
+    assert f"dp_shard {8 * replicas}, tp 4" in report
+    assert number_after(report, "whole model:") == 8_030_261_248
+    assert f"x {replicas} data parallel ranks x {32 // replicas} micro-batches = 4,194,304 tokens" in report
+    assert "split over 8 context parallel ranks, 16,384 tokens a rank" in report
+    # 32 layers in bf16: 4 h, of attention 80 heads of 128, of the MLP 3 f, all over 4 tensor ranks
+    assert activation_bytes(run) == 131072 // 8 * 32 * 2 * (4 * 4096 + 80 * 128 + 3 * 14336) // 4
+    assert float(report.split("  sum ")[1].split()[0]) < 72
+    assert "GiB" in report
+
+
+def test_padding_takes_memory_and_is_not_counted_as_tokens() -> None:
+    """250 tokens over 4 context parallel ranks are 256, 64 a rank.
+
+    Mutation: activation_bytes by seq_length gives 62 tokens a rank.
+    """
+    words = "--context-parallel-size 4 --seq-length 250 --pad-to-multiple --cp-comm-type a2a p2p p2p a2a"
+    run = run_of("quickstart", 4, *words.split())
+    report = describe(run)
+    assert "context parallel 4 by a2a in 2 layers, p2p in 2 layers: rank 0 works with ranks 0, 1, 2, 3" in report
+    assert "16 sequences a step = 8 a micro-batch x 1 data parallel ranks x 2 micro-batches = 4,000 tokens" in report
+    assert "filled up with 6 masked tokens to 256" in report
+    assert activation_bytes(run) * 4 == activation_bytes(run_of("quickstart", 1))
+    size = ModelSize(total=1000, padding=0, tensor_parallel_shard=1000, stored=250, largest_layer=100)
+    assert memory_of(run, size).compute_weights == 1000 * 4  # context parallel ranks share gradients, as data parallel
+
+
+def test_groups_of_two_levels() -> None:
+    words = "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
+    assert "context parallel 4 by a2a+p2p of 2 x 2: rank 0" in describe(run_of("quickstart", 8, *words.split()))
+
+
 def test_vocabulary_padding_is_told_apart() -> None:
     report = describe(run_of("gpt2_124m", 1, "--global-batch-size", "12"))
     assert "whole model: 124,439,808 (+ 36,096 of vocabulary padding)" in report

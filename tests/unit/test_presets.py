@@ -1,5 +1,6 @@
 """configs/: each preset is valid, short, and builds a model with the published number of parameters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,19 @@ PUBLISHED = {
     "gpt2_124m": 124_439_808,
     "gpt3_175b": gpt_parameters(96, 12288, 50257, 2048),
     "llama3_8b": 8_030_261_248,
+    "llama3_8b_128k": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "qwen3_8b": 8_190_735_360,
 }
-WORLDS = {"quickstart": 2, "gpt2_124m": 1, "gpt3_175b": 1024, "llama3_8b": 8, "llama3_70b": 256, "qwen3_8b": 8}
+WORLDS = {
+    "quickstart": 2,
+    "gpt2_124m": 1,
+    "gpt3_175b": 1024,
+    "llama3_8b": 8,
+    "llama3_8b_128k": 64,
+    "llama3_70b": 256,
+    "qwen3_8b": 8,
+}
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> RunConfig:
@@ -42,8 +52,9 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> RunConfig:
 
 def build_whole_model(run: RunConfig) -> GPTModel:
     """The model in one piece, without storage."""
+    transformer = replace(run.transformer, context_parallel_size=1)
     with torch.device("meta"):
-        return build_gpt_model(run.transformer, run.gpt, run.gpt.vocab_size or 0, run.data.seq_length or 0)
+        return build_gpt_model(transformer, run.gpt, run.gpt.vocab_size or 0, run.data.seq_length or 0)
 
 
 def test_there_is_a_preset_for_each_entry_here() -> None:

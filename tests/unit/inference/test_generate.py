@@ -46,6 +46,13 @@ def test_the_cache_changes_nothing(positions: str, changes: dict[str, object]) -
     assert torch.equal(generate(model, prompt, 12, greedy), without_cache(model, prompt, 12))
 
 
+def test_split_sequences_are_refused() -> None:
+    model = build()
+    model.config.context_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"context_parallel_size is 2, but .* load_model"):
+        generate(model, torch.tensor([[1, 2]]), 3)
+
+
 def test_the_seed_decides() -> None:
     model, prompt = build(), torch.tensor([[1, 2, 3]])
     first = generate(model, prompt, 15, SamplingConfig(seed=1))
