@@ -7,8 +7,10 @@ import re
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
+from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
 from tests.e2e.commands import (
     REPOSITORY,
     TINY,
@@ -20,6 +22,7 @@ from tests.e2e.commands import (
 )
 
 pytestmark = pytest.mark.e2e
+END = 126  # of a document: the last id of the vocabulary of TINY
 NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
 
 
@@ -87,6 +90,64 @@ def test_resume_at_another_layout(tmp_path):
     assert len(parts) == 20
     for (iteration, *found), (_, *wanted) in zip(parts, whole, strict=True):
         assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
+
+
+def test_context_parallel_run_resumes_and_reshards(tmp_path):
+    """The quickstart model at TP 2 with SP x CP 2: resumed midway it goes on bit for bit, and at CP 1 on one process
+    with the same losses in float64, evaluation included.
+
+    Mutations: losses that are not summed over context parallel ranks (dp_cp_group without CP), and position ids
+    counted anew on each rank, make CP 1 differ.
+    """
+    shared = ["--config", "configs/quickstart.yaml", "--fp64", "--mock-data", "--train-iters", "12"]
+    shared += ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--seq-length", "64"]
+    shared += ["--vocab-size", "1000", "--eval-interval", "6", "--eval-iters", "1", "--num-workers", "0"]
+    split = ["--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    saving = ["--save", str(tmp_path / "ckpt"), "--save-interval", "6"]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("whole", "resumed", "alone")}
+    pretrain(4, *shared, *split, *saving, "--metrics-jsonl", str(files["whole"]))
+    resuming = [*shared, "--load", str(tmp_path / "ckpt"), "--ckpt-step", "6", "--save-interval", "100"]
+    pretrain(4, *resuming, *split, "--metrics-jsonl", str(files["resumed"]))
+    pretrain(1, *resuming, "--metrics-jsonl", str(files["alone"]))
+    whole, resumed, alone = (training_metrics(path, *NUMBERS) for path in files.values())
+    assert len(whole) == 12
+    assert resumed == whole[6:]
+    assert _validation(files["resumed"]) == _validation(files["whole"])[1:]
+    for (iteration, *found), (_, *wanted) in zip(alone, whole[6:], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
+    assert _losses(files["alone"]) == pytest.approx(_losses(files["resumed"]), rel=1e-9)
+    assert whole[-1][1] < whole[0][1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--seq-length", "32", "--reset-position-ids"], id="documents"),
+        pytest.param(["--seq-length", "30", "--pad-to-multiple", "--no-calculate-per-token-loss"], id="padded"),
+    ],
+)
+def test_documents_over_context_parallel_ranks(tmp_path, flags):
+    """Short documents that do not see each other, at CP 2 and on one process (where nothing is padded): equal losses.
+
+    Mutations: padding inside the last document, boundaries that are not moved by the padding of the rows before,
+    micro-batches whose tokens are counted on one rank only, a batch's documents that do not reach the model.
+    """
+    prefix = str(tmp_path / "short")
+    _write_short_documents(prefix)
+    arguments = [word for word in TINY if word != "--mock-data"] + flags
+    arguments += ["--data-path", prefix, "--split", "90,10,0", "--eod-mask-loss", "--fp64", "--train-iters", "6"]
+    arguments += ["--eval-interval", "3", "--position-embedding-type", "rope"]
+    masked = [*arguments, "--reset-attention-mask"]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("two", "one", "unmasked")}
+    pretrain(2, *masked, "--context-parallel-size", "2", "--metrics-jsonl", str(files["two"]))
+    pretrain(1, *masked, "--metrics-jsonl", str(files["one"]))
+    pretrain(1, *arguments, "--train-iters", "1", "--metrics-jsonl", str(files["unmasked"]))
+    two, one, unmasked = (training_metrics(path, "lm_loss", "grad_norm") for path in files.values())
+    assert len(two) == 6
+    for (iteration, *found), (_, *wanted) in zip(two, one, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
+    assert _losses(files["two"]) == pytest.approx(_losses(files["one"]), rel=1e-9)
+    assert unmasked[0][1] != pytest.approx(one[0][1], rel=1e-6), "the masks change nothing in these data"
 
 
 def test_sigterm_saves_and_exits(tmp_path):
@@ -189,6 +250,20 @@ def _iteration(folder) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
+def _write_short_documents(prefix: str) -> None:
+    """A thousand documents of 1 to 12 tokens below 126, each with the NullTokenizer's end 126."""
+    generator = np.random.default_rng(5)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
+    for length in generator.integers(0, 12, 1000):
+        builder.add_document(np.append(generator.integers(0, 126, length), END), [int(length) + 1])
+    builder.finalize(f"{prefix}.idx")
+
+
 def _validation(path) -> list[tuple[int, float]]:
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     return [(entry["iteration"], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
+
+
+def _losses(path) -> list[float]:
+    """Those of all evaluations."""
+    return [loss for _, loss in _validation(path)]
