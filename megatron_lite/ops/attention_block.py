@@ -8,6 +8,7 @@ All tensors are [s, b, n, d] as in the rest of the model; keys and values may ha
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 BACKENDS = ("flash", "cudnn", "flash_cpu", "eager")
+
+
+class Lengths(NamedTuple):
+    """Where sequences packed one behind the other begin and end: the rows from cu[i] to cu[i + 1] are the i-th.
+
+    Attributes:
+        cu_queries, cu_keys: int32 [sequences + 1] on the device of the queries.
+        max_queries, max_keys: the longest sequence.
+    """
+
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
 
 
 def choose_backend(query: Tensor, requested: str = "auto") -> str:
@@ -25,7 +40,8 @@ def choose_backend(query: Tensor, requested: str = "auto") -> str:
         requested: config.attention_backend. "unfused" and "local" mean plain operations, "fused" means cuDNN on CUDA.
 
     Returns:
-        One of BACKENDS. Flash and cuDNN kernels exist for 16-bit numbers only; float32 on CUDA is computed eagerly.
+        One of BACKENDS. Flash and cuDNN kernels exist for 16-bit numbers and from compute capability 8.0 only; all
+        else is computed eagerly on CUDA. cuDNN has no deterministic backward; where one is asked for, flash does it.
     """
     if requested in ("unfused", "local") or query.device.type not in ("cpu", "cuda"):
         return "eager"
@@ -33,11 +49,14 @@ def choose_backend(query: Tensor, requested: str = "auto") -> str:
         return "flash_cpu"
     if query.dtype not in (torch.float16, torch.bfloat16) or query.size(-1) % 8 or query.size(-1) > 256:
         return "eager"
-    return "cudnn" if requested == "fused" and query.size(-1) <= 128 else "flash"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "eager"
+    cudnn = requested == "fused" and query.size(-1) <= 128 and not torch.are_deterministic_algorithms_enabled()
+    return "cudnn" if cudnn else "flash"
 
 
 def attention_block(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, backend: str
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, backend: str, lengths: Lengths | None = None
 ) -> tuple[Tensor, Tensor]:
     """softmax(query key^T * scale) value over these keys alone.
 
@@ -47,27 +66,23 @@ def attention_block(
         causal: query i sees keys 0 .. i, with sq = sk; otherwise every query sees every key.
         scale: factor on the scores.
         backend: one of BACKENDS.
+        lengths: packed sequences, each attending to itself, b = 1; for the backends of CUDA only.
 
     Returns:
         The output [sq, b, n, d] in query's dtype, and the logarithm of the softmax's denominator [sq, b, n] in float32
         (float64 for float64).
     """
-    if backend == "flash":
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        out, log_sum = _aten._flash_attention_forward(
-            q, k, v, None, None, q.size(1), k.size(1), 0.0, causal, False, scale=scale
-        )[:2]
-        return out.transpose(0, 1), log_sum.permute(2, 0, 1)
-    q, k, v = _heads_first(query), _heads_first(key, query), _heads_first(value, query)
+    if _takes_flash(backend, key, lengths):
+        return _flash(query, key, value, causal, scale, lengths)
+    q, k, v = (_heads_first(x) for x in (query, key, value))
     if backend == "cudnn":
-        out, log_sum = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[
-            :2
-        ]
-        log_sum = log_sum.view(q.shape[:3])
+        arguments = (None, True, 0.0, causal, False)  # no bias, with log_sum, no dropout, no debug mask
+        out, log_sum = _aten._scaled_dot_product_cudnn_attention(q, k, v, *arguments, scale=scale)[:2]
+        log_sum = log_sum.squeeze(-1)
     elif backend == "flash_cpu":
         out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     else:
-        out, log_sum = _eager(q, k, v, causal, scale)
+        out, log_sum = _eager(q, _repeat(k, q), _repeat(v, q), causal, scale)
     return out.permute(2, 0, 1, 3), log_sum.permute(2, 0, 1)
 
 
@@ -81,6 +96,7 @@ def attention_block_backward(
     causal: bool,
     scale: float,
     backend: str,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this block's queries [sq, b, n, d], keys and values [sk, b, g, d].
 
@@ -88,85 +104,126 @@ def attention_block_backward(
         grad: gradient of the combined output, [sq, b, n, d].
         out: the output combined over all blocks of these queries, [sq, b, n, d] in query's dtype.
         log_sum: the combined logarithm of the denominator, [sq, b, n].
-        query, key, value, causal, scale, backend: as in attention_block.
+        query, key, value, causal, scale, backend, lengths: as in attention_block.
     """
-    if backend == "flash":
-        g, q, k, v, o = (x.transpose(0, 1).contiguous() for x in (grad, query, key, value, out))
-        grads = _aten._flash_attention_backward(
-            g,
-            q,
-            k,
-            v,
-            o,
-            log_sum.permute(1, 2, 0).contiguous(),
-            None,
-            None,
-            q.size(1),
-            k.size(1),
-            0.0,
-            causal,
-            *_no_dropout(q),
-            scale=scale,
-        )
-        return tuple(x.transpose(0, 1) for x in grads)  # type: ignore[return-value]
-    q, k, v = _heads_first(query), _heads_first(key, query), _heads_first(value, query)
-    g, o, sums = _heads_first(grad), _heads_first(out), log_sum.permute(1, 2, 0)
+    if _takes_flash(backend, key, lengths):
+        return _flash_backward(grad, query, key, value, out, log_sum, causal, scale, lengths)
     if backend == "cudnn":
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            g,
-            q,
-            k,
-            v,
-            o,
-            sums.contiguous().unsqueeze(-1),
-            *_no_dropout(q),
-            None,
-            None,
-            None,
-            q.size(2),
-            k.size(2),
-            0.0,
-            causal,
-            scale=scale,
-        )
-    elif backend == "flash_cpu":
+        return _cudnn_backward(grad, query, key, value, out, log_sum, causal, scale)
+    g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
+    sums = log_sum.permute(1, 2, 0)
+    if backend == "flash_cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, o, sums, 0.0, causal, scale=scale
         )
     else:
-        grads = _eager_backward(g, q, k, v, o, sums, causal, scale)
+        dq, dk, dv = _eager_backward(g, q, _repeat(k, q), _repeat(v, q), o, sums, causal, scale)
+        grads = dq, _sum_repeated(dk, k), _sum_repeated(dv, v)
     dq, dk, dv = (x.permute(2, 0, 1, 3) for x in grads)
-    return dq, _sum_shared_heads(dk, key), _sum_shared_heads(dv, value)
+    return dq, dk, dv
 
 
 def merge(out: Tensor, log_sum: Tensor, block_out: Tensor, block_log_sum: Tensor) -> None:
-    """Add a block over further keys to (out, log_sum), in place; rows that saw nothing yet have log_sum -inf.
+    """Add a block over further keys to (out, log_sum), in place.
 
     out_new = sum_i exp(log_sum_i - log_sum_new) out_i, with log_sum_new = log(sum_i exp(log_sum_i)).
+
+    Args:
+        out, log_sum: [s, b, n, d] and [s, b, n]; rows that saw nothing yet have log_sum -inf.
+        block_out, block_log_sum: the same shapes; each row saw at least one key.
     """
-    total = torch.logaddexp(log_sum, block_log_sum)
-    out.mul_((log_sum - total).exp_().unsqueeze(-1))
-    out.addcmul_(block_out.to(out.dtype), (block_log_sum - total).exp_().unsqueeze(-1).to(out.dtype))
-    log_sum.copy_(total)
+    weight = (block_log_sum - log_sum).sigmoid_().unsqueeze(-1)  # exp(block_log_sum - log_sum_new)
+    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
+    torch.logaddexp(log_sum, block_log_sum, out=log_sum)
 
 
-def _heads_first(x: Tensor, query: Tensor | None = None) -> Tensor:
-    """[s, b, g, d] -> [b, g, s, d]; with `query`, each head repeated to match its heads: [b, n, s, d]."""
-    if query is not None and x.size(2) != query.size(2):
-        x = x.repeat_interleave(query.size(2) // x.size(2), dim=2)
+def _takes_flash(backend: str, key: Tensor, lengths: Lengths | None) -> bool:
+    """Flash also does what cuDNN cannot, a single key, or does badly: it plans anew for each sequence's length."""
+    return backend == "flash" or (backend == "cudnn" and (lengths is not None or key.size(0) == 1))
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, lengths: Lengths | None
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention on CUDA. It wants [b, s, n, d], or packed [s, n, d], and takes fewer key heads as they are."""
+    q, k, v = (_rows_second(x, lengths) for x in (query, key, value))
+    places = lengths or (None, None, query.size(0), key.size(0))
+    out, log_sum = _aten._flash_attention_forward(q, k, v, *places, 0.0, causal, False, scale=scale)[:2]
+    if lengths is not None:  # log_sum is [b, n, s], or [n, s] of packed rows
+        return out.unsqueeze(1), log_sum.t().unsqueeze(1)
+    return out.transpose(0, 1), log_sum.permute(2, 0, 1)
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scale: float,
+    lengths: Lengths | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (_rows_second(x, lengths) for x in (grad, query, key, value, out))
+    sums = log_sum.permute(1, 2, 0) if lengths is None else log_sum.squeeze(1).t()
+    places = lengths or (None, None, query.size(0), key.size(0))
+    # The kernel reads log_sum as plain memory.
+    grads = _aten._flash_attention_backward(
+        *tensors, sums.contiguous(), *places, 0.0, causal, *_no_random_state(query), scale=scale
+    )
+    dq, dk, dv = (x.transpose(0, 1) if lengths is None else x.unsqueeze(1) for x in grads)
+    return dq, dk, dv
+
+
+def _cudnn_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cuDNN keeps a graph by the strides of query, key and value and takes those of the others for granted.
+
+    So query, output and gradient must lie alike in memory. Fewer key heads are taken as they are.
+    """
+    g, q, o = (_heads_first(x.contiguous()) for x in (grad, query, out))
+    k, v = _heads_first(key), _heads_first(value)
+    sums = log_sum.permute(1, 2, 0).flatten().view(*q.shape[:3], 1)  # [b, n, sq, 1] since torch 2.9
+    undefined = (None, None, None)  # bias, and lengths of packed sequences
+    grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        g, q, k, v, o, sums, *_no_random_state(q), *undefined, q.size(2), k.size(2), 0.0, causal, scale=scale
+    )
+    dq, dk, dv = (x.permute(2, 0, 1, 3) for x in grads)
+    return dq, dk, dv
+
+
+def _rows_second(x: Tensor, lengths: Lengths | None) -> Tensor:
+    """[s, b, g, d] -> [b, s, g, d], or [s, g, d] of packed rows."""
+    return x.transpose(0, 1) if lengths is None else x.squeeze(1)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[s, b, g, d] -> [b, g, s, d]."""
     return x.permute(1, 2, 0, 3)
 
 
-def _sum_shared_heads(grad: Tensor, key: Tensor) -> Tensor:
-    """[sk, b, n, d] -> [sk, b, g, d]: gradients of queries that share a key add up."""
-    if grad.size(2) == key.size(2):
-        return grad
-    return grad.unflatten(2, (key.size(2), -1)).sum(3)
+def _no_random_state(query: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tensors that CUDA's backward kernels want for dropout's random numbers, and do not read without it."""
+    return torch.empty(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
 
 
-def _no_dropout(query: Tensor) -> tuple[Tensor, Tensor]:
-    """The random state that the CUDA kernels want even when they draw nothing."""
-    return torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
+def _repeat(x: Tensor, query: Tensor) -> Tensor:
+    """[b, g, s, d] -> [b, n, s, d]: each key head for every query head that shares it."""
+    return x if x.size(1) == query.size(1) else x.repeat_interleave(query.size(1) // x.size(1), dim=1)
+
+
+def _sum_repeated(grad: Tensor, key: Tensor) -> Tensor:
+    """[b, n, sk, d] -> [b, g, sk, d]: gradients of queries that share a key add up."""
+    return grad if grad.size(1) == key.size(1) else grad.unflatten(1, (key.size(1), -1)).sum(2)
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
