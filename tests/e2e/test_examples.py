@@ -63,6 +63,33 @@ def test_sequence_parallel(pool: WorkerPool) -> None:
     assert {name: " ".join(line.split()) for name, line in heard.items()} == expected
 
 
+@pytest.mark.parametrize(
+    ("world_size", "arguments", "seen"),
+    [
+        (1, [], ["padding 0: 101 tokens", "tokens 0 to 100 of each sequence"]),
+        (2, [], ["padding 3: 104 tokens", "context 1 of 2, tokens 26 to 51 and 52 to 77 of each sequence"]),
+        (4, [], ["rank 3: tensor 1 of 2, heads 4 to 7; context 1 of 2", "query [104, 1, 4, 8] -> output [104, 1, 32]"]),
+        (4, ["--cp-comm-type", "a2a"], ["a2a: equal"]),
+        (4, ["--cp-comm-type", "all_gather", "--tp", "1"], ["context 0 of 4, tokens 0 to 12 and 91 to 103"]),
+        (
+            4,
+            ["--cp-comm-type", "a2a+p2p", "--tp", "1", "--hierarchical-context-parallel-sizes", "2", "2"],
+            ["a2a+p2p: equal"],
+        ),
+    ],
+    ids=["one process", "ring", "ring and tensor", "all-to-all and tensor", "gather", "all-to-all and ring"],
+)
+def test_context_parallel(pool: WorkerPool, world_size: int, arguments: list[str], seen: list[str]) -> None:
+    """The example compares output and gradients with the attention in one piece, on every rank.
+
+    Mutations: the part of rank + 1 taken; heads not split by tensor rank; padding left out of the packed parameters.
+    """
+    first = pool.run(run_example, "context_parallel.py", ["--seq-length", "101", *arguments], world_size=world_size)[0]
+    assert "equal to the attention in one piece, output and 3 gradients" in first
+    for text in seen:
+        assert text in first
+
+
 def test_train_tiny_gpt_is_the_same_at_every_layout(pool: WorkerPool) -> None:
     """One process, two tensor parallel ranks, two data parallel ranks: the same losses, and they fall."""
     small = ["--steps", "10", "--hidden-size", "32", "--sequence", "32"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_lite import parallel_state
+from megatron_lite.context_parallel import get_packed_seq_params, get_padding, split_sequence
 from megatron_lite.errors import ConfigError
 from megatron_lite.model_parallel_config import ModelParallelConfig
 from megatron_lite.parallel_state import (
@@ -34,6 +35,7 @@ from megatron_lite.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.pool import WorkerPool
@@ -218,6 +220,74 @@ def test_combination_of_four_axes_on_128_ranks(imagined_world: Any) -> None:
     assert get_expert_model_parallel_world_size() == 2
     assert get_data_parallel_world_size() == 2
     assert parallel_state.get_expert_data_parallel_world_size() == 4
+
+
+def test_context_parallel_preparation(imagined_world: Any) -> None:
+    """Sections 2.4 to 2.6 at their own sizes: 32 ranks, 8-way tensor and 4-way context parallelism.
+
+    8192 tokens fit, so no padding is needed; of the snippet's next length that does not, tokens and padding are packed
+    apart. Fails if get_padding forgets the tensor parallel size, or the padding counts as tokens.
+    """
+    imagined_world(32)
+    initialize_model_parallel(tensor_model_parallel_size=8, context_parallel_size=4, pipeline_model_parallel_size=1)
+    assert (get_context_parallel_world_size(), get_context_parallel_rank()) == (4, 0)
+    group = get_context_parallel_group()
+    assert group is not None
+    assert torch.distributed.get_process_group_ranks(group) == [0, 8, 16, 24]
+    config = TransformerConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        kv_channels=128,
+        tensor_model_parallel_size=8,
+        context_parallel_size=4,
+        sequence_parallel=True,
+    )
+    assert DotProductAttention(config=config, layer_number=1).context.size == 4
+    cp_size = get_context_parallel_world_size()
+    assert get_padding(seq_len=8192, cp_size=cp_size, tp_size=8, has_sp=True) == 0
+    padding = get_padding(seq_len=8200, cp_size=cp_size, tp_size=8, has_sp=True)
+    assert padding == 56
+    tokens = torch.randint(0, 50000, (2, 8200 + padding))
+    packed_params = get_packed_seq_params(tokens=tokens, img_seq_len=0, padding_needed=padding, cp_size=cp_size)
+    assert packed_params.qkv_format == "thd"
+    assert packed_params.layout.documents == ((0, 8200), (8256, 16456))
+
+
+def long_sequence(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """Section 6.2. Attention takes query, key and value, not token ids; each rank brings its heads of its tokens."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, context_parallel_size=2)
+    config = TransformerConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        kv_channels=HIDDEN // 4,
+        tensor_model_parallel_size=2,
+        context_parallel_size=2,
+        sequence_parallel=True,
+    )
+    attn = DotProductAttention(config=config, layer_number=1)
+    seq_len = 30
+    padding = get_padding(
+        seq_len=seq_len,
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        has_sp=True,
+    )
+    # [s, b, n, d]. Padding at the end is seen by no real token, as attention is causal.
+    whole = torch.randn(3, seq_len + padding, BATCH, 4, HIDDEN // 4, generator=torch.Generator().manual_seed(4))
+    tp_rank, cp_rank = get_tensor_model_parallel_rank(), get_context_parallel_rank()
+    query, key, value = split_sequence(whole.chunk(2, dim=3)[tp_rank], 1, 2, cp_rank)
+    output = attn(query, key, value, attention_mask=None)
+    first = (x.permute(1, 2, 0, 3) for x in whole)
+    reference = F.scaled_dot_product_attention(*first, is_causal=True).permute(2, 0, 1, 3)
+    mine = split_sequence(reference.chunk(2, dim=2)[tp_rank], 0, 2, cp_rank)
+    return output, mine.flatten(2)
+
+
+def test_long_sequence_under_tensor_and_context_parallelism(pool: WorkerPool) -> None:
+    """Fails if a rank attends to its own keys only, or splits the sequence into contiguous parts."""
+    for output, reference in pool.run(long_sequence, world_size=4):
+        assert output.shape == (16, BATCH, HIDDEN // 2)  # 30 tokens and 2 of padding on two ranks
+        torch.testing.assert_close(output, reference)
 
 
 def test_experts_with_their_own_tensor_parallel_size(imagined_world: Any) -> None:
