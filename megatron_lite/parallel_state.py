@@ -140,6 +140,19 @@ def destroy_model_parallel() -> None:
     _overrides.clear()
     if state is not None:
         state.destroy()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Clear what torch remembers of operations on DTensors: it holds meshes, whose groups are gone.
+
+    Otherwise an equal mesh made later, of groups with other names, would be taken for the old one.
+    """
+    from torch.distributed.tensor import debug  # with a mesh there are DTensors, so this is imported already
+
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # not in every version of torch
+    if clear is not None:
+        clear()
 
 
 def shutdown() -> None:

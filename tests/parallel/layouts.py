@@ -163,7 +163,7 @@ def global_batch(step: int, layout: Layout) -> dict[str, Tensor]:
     """The sequences of one step, [12, 16] each; the number of valid tokens grows from none to all over the batch.
 
     With `documents` each sequence is cut at random, one-token documents included, and positions start again in each.
-    With `hole` the tokens that rank 1 of 4, or of 2, would hold have no loss: an empty shard.
+    With `hole` only the first and last eighth of each sequence have a loss: most context parallel shards are empty.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
@@ -175,9 +175,8 @@ def global_batch(step: int, layout: Layout) -> dict[str, Tensor]:
         "loss_mask": (order < valid[:, None]).double(),
         "position_ids": torch.arange(SEQUENCE).repeat(GLOBAL_BATCH, 1),
     }
-    if layout.hole:
-        batch["loss_mask"][:, 2:4] = 0.0
-        batch["loss_mask"][:, 4:14] = 0.0
+    if layout.hole:  # chunks 1 to 6 of 8: all that rank 1 of 2, and ranks 1 to 3 of 4, hold
+        batch["loss_mask"][:, SEQUENCE // 8 : SEQUENCE * 7 // 8] = 0.0
     if layout.documents:
         begins = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) < 0.3
         starts = torch.where(begins, torch.arange(SEQUENCE), 0).cummax(dim=1).values

@@ -41,6 +41,32 @@ LAYOUTS = [
     Layout(tp=2, sp=True, dp=2, strategy="optim_grads_params", accumulation=2, compiled=True),
 ]
 
+LAYOUTS += [  # context parallelism
+    Layout(cp=2, accumulation=2),
+    Layout(cp=4, positions="rope", tied=False, swiglu=True, normalization="RMSNorm"),
+    Layout(cp=2, comm="all_gather", query_groups=2, positions="rope", hole=True),
+    Layout(cp=4, comm="all_gather", strategy="optim_grads_params", tied=False),
+    Layout(cp=2, comm="a2a", query_groups=1, documents=True),
+    Layout(cp=4, comm="a2a", query_groups=2, positions="rope", accumulation=3),
+    Layout(cp=4, comm="a2a+p2p", hierarchy=(2, 2), query_groups=4, documents=True, positions="rope"),
+    Layout(cp=4, comm="a2a+p2p", hierarchy=(2, 2), strategy="optim", hole=True, accumulation=2),
+    Layout(documents=True, accumulation=2),
+    Layout(cp=2, documents=True, hole=True, positions="rope", accumulation=2),
+    Layout(cp=4, documents=True, query_groups=2, tied=False),
+    Layout(cp=2, comm="all_gather", documents=True, strategy="optim_grads_params", recompute="selective"),
+    Layout(cp=2, comm=("p2p", "a2a"), documents=True, positions="rope"),  # one type for each layer
+    Layout(tp=2, cp=2, query_groups=2, positions="rope"),
+    Layout(tp=2, sp=True, cp=2, strategy="optim_grads_params", recompute="uniform", normalization="RMSNorm"),
+    Layout(tp=2, sp=True, cp=2, comm="a2a", strategy="optim_grads", documents=True, accumulation=2),
+    Layout(tp=2, sp=True, cp=2, comm="all_gather", dp=2, strategy="optim_grads_params", replicas=2, hole=True),
+    Layout(tp=2, sp=True, cp=2, dp=2, strategy="optim_grads_params", accumulation=3, documents=True, positions="rope"),
+    Layout(tp=2, sp=True, cp=4, comm="a2a+p2p", hierarchy=(2, 2), strategy="optim_grads", query_groups=4),
+    Layout(cp=2, dp=2, strategy="optim_grads", accumulation=3, recompute="block", tied=False),
+    Layout(cp=2, dp=2, accumulation=2, per_token_loss=False, hole=True),
+    Layout(cp=2, dp=3, comm="a2a", strategy="no_shard", accumulation=2, swiglu=True),
+    Layout(tp=2, sp=True, cp=2, strategy="optim_grads", documents=True, compiled=True),
+]
+
 
 @functools.cache
 def expected(model: Layout, steps: int) -> Result:
