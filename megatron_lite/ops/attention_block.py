@@ -112,14 +112,16 @@ def attention_block_backward(
         return _cudnn_backward(grad, query, key, value, out, log_sum, causal, scale)
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     sums = log_sum.permute(1, 2, 0)
+    # CPU's kernel adds up the heads that share a key in their dtype; 16 bits are too few for that.
+    shared = backend == "flash_cpu" and q.element_size() > 2
+    keys, values = (k, v) if shared else (_repeat(k, q), _repeat(v, q))
     if backend == "flash_cpu":
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, k, v, o, sums, 0.0, causal, scale=scale
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, q, keys, values, o, sums, 0.0, causal, scale=scale
         )
     else:
-        dq, dk, dv = _eager_backward(g, q, _repeat(k, q), _repeat(v, q), o, sums, causal, scale)
-        grads = dq, _sum_repeated(dk, k), _sum_repeated(dv, v)
-    dq, dk, dv = (x.permute(2, 0, 1, 3) for x in grads)
+        dq, dk, dv = _eager_backward(g, q, keys, values, o, sums, causal, scale)
+    dq, dk, dv = (x.permute(2, 0, 1, 3) for x in (dq, _sum_repeated(dk, k), _sum_repeated(dv, v)))
     return dq, dk, dv
 
 
