@@ -120,8 +120,7 @@ class GPTDataset(MegatronDataset):
             length = end - offset if position == last else None
             part = self.dataset.get(int(self.document_index[position]), offset, length)
             text[filled : filled + len(part)] = part
-            if len(part):
-                starts[filled:] = filled
+            starts[filled:] = filled
             filled += len(part)
         largest, vocab_size = int(text.max()), self.config.tokenizer.vocab_size
         if largest >= vocab_size:

@@ -129,8 +129,8 @@ def test_context_parallel_run_resumes_and_reshards(tmp_path):
 def test_documents_over_context_parallel_ranks(tmp_path, flags):
     """Short documents that do not see each other, at CP 2 and on one process (where nothing is padded): equal losses.
 
-    Mutations: padding inside the last document, boundaries that are not moved by the padding of the rows before,
-    micro-batches whose tokens are counted on one rank only, a batch's documents that do not reach the model.
+    Mutations: boundaries that are not moved by the padding of the rows before, micro-batches whose tokens are counted
+    on one rank only or divided by data x context parallel size, documents that do not reach the model.
     """
     prefix = str(tmp_path / "short")
     _write_short_documents(prefix)

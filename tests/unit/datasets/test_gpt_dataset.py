@@ -156,7 +156,7 @@ def test_items_have_a_mask_only_if_asked(folder, monkeypatch):
 def test_documents_of_the_file(folder, monkeypatch, split, tmp_path):
     """inter_document_masking divides where the documents of the file do, whatever tokens end them.
 
-    Mutation: starts that count an empty part, or that the last token of a sample decides, differ from the walk.
+    Mutations: starts of each part's own tokens only (padding would begin at 0), or counted in the document.
     """
     monkeypatch.chdir(folder)
     case = corpora.CASES["whole epoch, last validation sample padded"]
