@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.context_parallel import blocks
 from megatron_lite.optimizer import clip_grads, optimizer
+from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel import collectives, layers, parameters
-from megatron_lite.training import step
+from megatron_lite.training import batches, step
 
 
 @contextmanager
@@ -112,7 +114,9 @@ def mean_of_local_means():
     """T22: each micro-batch is divided by its own token count, then averaged."""
     original = step.loss_weights
     return mock.patch.object(
-        step, "loss_weights", lambda batches, total, size, per_token: original(batches, total, size, False)
+        step,
+        "loss_weights",
+        lambda batches, total, size, per_token, group: original(batches, total, size, False, group),
     )
 
 
@@ -173,6 +177,89 @@ def weight_decay_on_vectors():
     return mock.patch.object(optimizer, "get_param_groups", broken)
 
 
+def _batch_altered(alter: Callable[[dict[str, Tensor], dict[str, Tensor], int, int], None]):
+    """`alter(part, whole, cp size, cp rank)` changes this rank's part of each batch, in place."""
+    original = batches.get_batch_on_this_cp_rank
+
+    def broken(batch, cp_group=None):
+        part = dict(original(batch, cp_group))
+        alter(part, batch, group_size(cp_group), group_rank(cp_group))
+        return part
+
+    return mock.patch.object(batches, "get_batch_on_this_cp_rank", broken)
+
+
+def contiguous_split():
+    """T14: each rank takes one contiguous part of the tokens (and the rest as it should be)."""
+
+    def alter(part, whole, size, rank):
+        part["tokens"] = whole["tokens"].chunk(size, dim=1)[rank]
+
+    return _batch_altered(alter)
+
+
+def local_positions():
+    """T16: each rank counts its own tokens."""
+
+    def alter(part, whole, size, rank):
+        part["position_ids"] = torch.arange(part["tokens"].size(1)).expand_as(part["tokens"])
+
+    return _batch_altered(alter)
+
+
+def labels_shifted_after_split():
+    """T18: labels are the next tokens of this rank's part."""
+
+    def alter(part, whole, size, rank):
+        part["labels"] = torch.cat((part["tokens"][:, 1:], part["labels"][:, -1:]), dim=1)
+
+    return _batch_altered(alter)
+
+
+def documents_joined():
+    """T19: attention crosses the ends of documents."""
+    original = batches.packed_documents
+    return mock.patch.object(
+        batches, "packed_documents", lambda starts, padding=0: original(torch.zeros_like(starts), padding)
+    )
+
+
+def documents_of_local_lengths():
+    """T19: the documents' boundaries are taken for those of this rank's tokens, whatever rank the keys are from."""
+    original = blocks.pieces
+
+    def broken(layout, cp_size, cp_rank):
+        return original(layout, cp_size, 0)
+
+    return mock.patch.object(blocks, "pieces", broken)
+
+
+def not_reduced_over_context():
+    """T17: each context parallel rank keeps the gradients of its own tokens."""
+    from megatron_lite.training import setup
+
+    return mock.patch.object(setup, "wrap_data_parallel", lambda model, *arguments: model)
+
+
+def loss_reported_of_one_rank():
+    """T21: the loss that is shown is not summed over the context parallel ranks."""
+    original = step.train_step
+
+    def broken(*arguments, dp_cp_group, **kwargs):
+        with mock.patch.object(step, "sum_over", return_value=None):
+            return original(*arguments, dp_cp_group=dp_cp_group, **kwargs)
+
+    return mock.patch("tests.parallel.layouts.train_step", broken)
+
+
+def micro_batch_means_of_one_rank():
+    """T17, T22: the mean over a micro-batch is taken over the tokens of one context parallel rank."""
+    original = step.loss_weights
+    return mock.patch.object(
+        step, "loss_weights", lambda batches, total, size, per_token, group: original(batches, total, size, per_token)
+    )
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -191,5 +278,13 @@ MUTATIONS = {
         replicas_counted_in_norm,
         local_norm,
         weight_decay_on_vectors,
+        contiguous_split,
+        local_positions,
+        labels_shifted_after_split,
+        documents_joined,
+        documents_of_local_lengths,
+        not_reduced_over_context,
+        loss_reported_of_one_rank,
+        micro_batch_means_of_one_rank,
     )
 }

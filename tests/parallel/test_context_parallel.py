@@ -20,6 +20,7 @@ from megatron_lite.context_parallel import (
     unsplit_sequence,
 )
 from megatron_lite.tensor_parallel import collectives
+from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -236,3 +237,25 @@ def foreign_blocks_held(rank: int, world_size: int, case: Case) -> int:
 def test_ring_holds_two_foreign_blocks(pool):
     """The one in use and the one that arrives. Mutation: keep each received block in a list."""
     assert pool.run(foreign_blocks_held, Case(4, "p2p"), world_size=4) == [2] * 4
+
+
+def dropped(rank: int, world_size: int) -> list[list[bool]]:
+    """Which of 64 elements the default and the model parallel stream drop on this rank."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, context_parallel_size=2)
+    model_parallel_cuda_manual_seed(7)
+    masks = [F.dropout(torch.ones(64), 0.5) == 0]
+    with get_cuda_rng_tracker().fork():
+        masks.append(F.dropout(torch.ones(64), 0.5) == 0)
+    return [mask.tolist() for mask in masks]
+
+
+def test_dropout_differs_between_context_parallel_ranks(pool):
+    """T12: ranks hold other tokens, so they drop others; tensor parallel ranks share the default stream only.
+
+    Mutation: seed by the rank in the data parallel group without context parallelism.
+    """
+    first, second, third, fourth = pool.run(dropped, world_size=4)  # tp varies fastest, then cp
+    assert first[0] == second[0]
+    assert third[0] == fourth[0]
+    assert first[0] != third[0]
+    assert len({tuple(masks[1]) for masks in (first, second, third, fourth)}) == 4

@@ -62,7 +62,8 @@ LAYOUTS += [  # context parallelism
     Layout(tp=2, sp=True, cp=2, dp=2, strategy="optim_grads_params", accumulation=3, documents=True, positions="rope"),
     Layout(tp=2, sp=True, cp=4, comm="a2a+p2p", hierarchy=(2, 2), strategy="optim_grads", query_groups=4),
     Layout(cp=2, dp=2, strategy="optim_grads", accumulation=3, recompute="block", tied=False),
-    Layout(cp=2, dp=2, accumulation=2, per_token_loss=False, hole=True),
+    Layout(cp=2, dp=2, accumulation=2, per_token_loss=False),
+    Layout(cp=4, per_token_loss=False, hole=True),
     Layout(cp=2, dp=3, comm="a2a", strategy="no_shard", accumulation=2, swiglu=True),
     Layout(tp=2, sp=True, cp=2, strategy="optim_grads", documents=True, compiled=True),
 ]
@@ -87,7 +88,11 @@ def test_layout_equals_one_process(pool, layout):
     assert found["weights"] <= WEIGHT_BOUND, found
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[10], LAYOUTS[18]], ids=lambda layout: layout.name)
+# The all-to-all, because dropout acts on the probabilities too.
+EVALUATED = Layout(tp=2, sp=True, cp=2, comm="a2a", strategy="optim_grads_params", query_groups=2)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[10], LAYOUTS[18], EVALUATED], ids=lambda layout: layout.name)
 def test_evaluation_equals_one_process_and_moves_nothing(pool, layout):
     """T55: the held-out loss at every layout, and dropout draws on as if nobody had evaluated.
 

@@ -16,6 +16,9 @@ SEQUENCE_PARALLEL = Layout(tp=2, sp=True, normalization="RMSNorm")
 TENSOR_PARALLEL = Layout(tp=2)
 DATA_PARALLEL = Layout(dp=2, strategy="optim_grads", accumulation=3)
 
+CONTEXT_PARALLEL = Layout(cp=2, positions="rope")
+DOCUMENTS = Layout(cp=2, documents=True, hole=True, positions="rope", accumulation=2)
+
 CASES = [
     ("norms_not_summed", SEQUENCE_PARALLEL, "gradients"),  # T1
     ("row_bias_not_summed", SEQUENCE_PARALLEL, "gradients"),  # T1
@@ -35,6 +38,19 @@ CASES = [
     ("replicas_counted_in_norm", Layout(dp=2), "grad_norm"),  # T26
     ("local_norm", TENSOR_PARALLEL, "grad_norm"),  # T26
     ("weight_decay_on_vectors", TENSOR_PARALLEL, "weights"),  # T28
+    ("contiguous_split", CONTEXT_PARALLEL, "loss"),  # T14
+    ("local_positions", CONTEXT_PARALLEL, "loss"),  # T16
+    ("local_positions", Layout(cp=2), "loss"),  # T16, learned positions
+    ("labels_shifted_after_split", CONTEXT_PARALLEL, "loss"),  # T18
+    ("documents_joined", DOCUMENTS, "loss"),  # T19
+    ("documents_joined", Layout(cp=2, comm="a2a", documents=True), "loss"),  # T19
+    ("documents_joined", Layout(documents=True, accumulation=2), "loss"),  # T19
+    ("documents_of_local_lengths", DOCUMENTS, "loss"),  # T19
+    ("tokens_counted_locally", CONTEXT_PARALLEL, "gradients"),  # T17
+    ("tokens_counted_locally", Layout(cp=4, documents=True), "gradients"),  # T17
+    ("not_reduced_over_context", CONTEXT_PARALLEL, "gradients"),  # T17
+    ("loss_reported_of_one_rank", CONTEXT_PARALLEL, "loss"),  # T21
+    ("micro_batch_means_of_one_rank", Layout(cp=2, dp=2, per_token_loss=False), "gradients"),  # T17, T22
 ]
 
 
