@@ -30,10 +30,12 @@ from megatron_lite import parallel_state
 from megatron_lite.arguments import parse_args, read_settings
 from megatron_lite.arguments.command_line import build_parser
 from megatron_lite.dry_run import dry_run
+from megatron_lite.transformer.attention_choices import CP_COMM_TYPES
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
 from tests.e2e.commands import REPOSITORY, environment
 from tests.parallel.pool import WorkerPool
+from tests.parallel.test_context_parallel import Case, expected_bytes
 
 pytestmark = pytest.mark.e2e
 
@@ -322,6 +324,29 @@ def test_table_of_communication(pool: WorkerPool) -> None:
     }
     assert rows["TP"] == ("2 all-reduces", "2 all-reduces")
     assert rows["TP + SP"] == ("2 all-gathers, 2 reduce-scatters", "4 all-gathers, 2 reduce-scatters")
+
+
+def test_numbers_of_context_parallelism() -> None:
+    """What docs/context_parallel.md works out, by the formula whose bytes tests/parallel counts.
+
+    The attention of one tensor parallel rank of configs/llama3_8b_128k.yaml, in bf16.
+    """
+    flags = ["--config", str(REPOSITORY / "configs" / "llama3_8b_128k.yaml"), "--mock-data", "--dry-run"]
+    run = parse_args([*flags, "--world-size", "32"])
+    c = run.transformer
+    tp, tokens = c.tensor_model_parallel_size, run.padded_sequence_length
+    assert c.num_query_groups is not None
+    assert c.kv_channels is not None
+    heads = {"heads": c.num_attention_heads // tp, "groups": c.num_query_groups // tp}
+    page = (REPOSITORY / "docs" / "context_parallel.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*) \| (\d+) MiB \| (\d+) MiB \|$", page, re.MULTILINE)
+    found = {kind: (int(row[1]), int(row[2])) for row in rows for kind in re.findall(r"`([\w+]+)`", row[0])}
+    expected = {}
+    for kind in CP_COMM_TYPES:
+        case = Case(c.context_parallel_size, kind, hierarchy=(2, 4) if kind == "a2a+p2p" else None, **heads)
+        sent = expected_bytes(case, tokens, batch=1, head_size=c.kv_channels, width=2, wide=4)
+        expected[kind] = (sent[0] // 2**20, sent[1] // 2**20)
+    assert found == expected
 
 
 def test_nothing_names_a_path_of_one_machine() -> None:
