@@ -54,10 +54,12 @@ def test_blocks_are_the_visible_pairs(drawn: tuple[int, SequenceLayout], causal:
 
 @settings(max_examples=100, deadline=None)
 @given(drawn=layouts(), causal=st.booleans())
-def test_a_step_has_each_query_once(drawn: tuple[int, SequenceLayout], causal: bool) -> None:
-    """Results of one step are merged as they come; two blocks of the first step with a common query would be wrong.
+def test_a_step_has_each_token_once(drawn: tuple[int, SequenceLayout], causal: bool) -> None:
+    """In one step no query and no key is in two blocks, and all blocks have the same mask.
 
-    And steps come in order, no block is empty. Mutations: blocks without scores kept; own keys planned in two blocks.
+    So the blocks of a step can go to the kernel together, and results be written and gradients added in any order.
+    Steps come in order, no block is empty. Mutations: blocks without scores kept; own keys, or those of a later rank,
+    planned in two blocks; blocks of one pair called causal.
     """
     cp, layout = drawn
     for rank in range(cp):
@@ -65,8 +67,12 @@ def test_a_step_has_each_query_once(drawn: tuple[int, SequenceLayout], causal: b
         assert [block.step for block in plan] == sorted(block.step for block in plan)
         assert all(block.scores > 0 for block in plan)
         for step in range(cp):
-            queries = [i for block in plan if block.step == step for i in range(block.q_start, block.q_end)]
+            blocks = [block for block in plan if block.step == step]
+            queries = [i for block in blocks for i in range(block.q_start, block.q_end)]
+            keys = [i for block in blocks for i in range(block.k_start, block.k_end)]
             assert len(queries) == len(set(queries))
+            assert len(keys) == len(set(keys))
+            assert {block.causal for block in blocks} <= {int(causal and step == 0)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,8 +104,8 @@ def test_every_rank_has_the_same_work(cp: int, chunk: int) -> None:
     """One causal document in chunks of c tokens: 2 c^2 + c pairs with a rank's own keys and 2 c^2 in each other step.
 
     Exactly, the diagonal included: cp (2 c^2 cp + c) is s (s + 1) / 2 with s = 2 cp c. And one block a step, so that
-    no rank waits for another in any step of the ring. Mutations: contiguous instead of zigzag chunks (late = rank's
-    neighbour); two blocks where the keys of a later rank are split in their early and late piece.
+    no rank waits for another in any step of the ring. Mutations: keys of an earlier rank up to k.end; queries for a
+    later rank from q.start; own keys without a mask; two blocks where a later rank's keys are its early and late piece.
     """
     layout = SequenceLayout.whole(2 * cp * chunk)
     for rank in range(cp):

@@ -174,7 +174,7 @@ REFUSED = {
         "cu_seqlens_kv_padded differs",
     ),
     "padded keys alone": ({"cu_seqlens_kv_padded": lengths(0, 4, 8)}, "cu_seqlens_kv_padded differs"),
-    "not from 0": ({"cu_seqlens_q": lengths(1, 4, 8)}, "must begin with 0"),
+    "not from 0": ({"cu_seqlens_q": lengths(1, 4, 8), "cu_seqlens_q_padded": lengths(0, 4, 8)}, "must begin with 0"),
     "padded not from 0": ({"cu_seqlens_q_padded": lengths(1, 5, 9)}, "must begin with 0"),
     "falling": ({"cu_seqlens_q": lengths(0, 8, 4)}, "never fall"),
     "falling padded": ({"cu_seqlens_q": lengths(0, 4, 4), "cu_seqlens_q_padded": lengths(0, 8, 4)}, "Document 1"),
