@@ -8,11 +8,14 @@ names it fail.
 
 import itertools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lite.context_parallel import SequenceLayout, block_attention
@@ -27,7 +30,6 @@ from megatron_lite.ops.attention_block import (
     merge,
 )
 from tests.gpu.flash_stand_in import FlashStandIn
-from tests.unit.context_parallel.layouts import layouts
 
 ON_CPU = ["flash_cpu", "eager"]
 SCALE, HEADS, KEY_HEADS, HEAD_SIZE = 0.3, 4, 2, 8
@@ -314,8 +316,21 @@ def check(plan: list[Block], steps: int, rows: int, backend: str = "flash") -> N
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
+@st.composite
+def rows_of_documents(draw: Callable[..., Any]) -> tuple[int, SequenceLayout]:
+    """A context parallel size, and stretches that each have one or two documents and perhaps padding behind them."""
+    cp, ends, documents = draw(st.integers(1, 4)), [0], []
+    for _ in range(draw(st.integers(2, 4))):
+        low, room = ends[-1], draw(st.integers(1, 3)) * 2 * cp
+        first = draw(st.integers(1, room))
+        second = draw(st.integers(first, room))
+        documents += [(low, low + first), (low + first, low + second)]
+        ends.append(low + room)
+    return cp, SequenceLayout(tuple(ends), tuple(documents))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=layouts())
+@given(drawn=rows_of_documents())
 def test_packed_calls_equal_one_mask(stand_in: FlashStandIn, drawn: tuple[int, SequenceLayout]) -> None:
     """Documents of any length, gaps of padding and of chunks that see nothing, every rank, at most one call a step.
 
@@ -336,7 +351,7 @@ def test_packed_calls_equal_one_mask(stand_in: FlashStandIn, drawn: tuple[int, S
 
 
 @settings(max_examples=30, deadline=None)
-@given(drawn=layouts())
+@given(drawn=rows_of_documents())
 def test_loop_over_blocks_equals_one_mask(drawn: tuple[int, SequenceLayout]) -> None:
     """The same without packing, by the CPU's kernel. Mutations: as above, of what is not about packing."""
     cp, layout = drawn
