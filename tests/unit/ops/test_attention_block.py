@@ -216,7 +216,7 @@ CHOICES = [
 @pytest.mark.parametrize(("device", "dtype", "head_size", "requested", "backend"), CHOICES)
 def test_choose_backend(monkeypatch, device, dtype, head_size, requested, backend):
     """The table. Mutations: any bound moved, a condition left out."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=8))
     query = SimpleNamespace(device=device, dtype=dtype, size=(3, 2, 4, head_size).__getitem__)
     assert choose_backend(query, requested) == backend
 
@@ -224,11 +224,29 @@ def test_choose_backend(monkeypatch, device, dtype, head_size, requested, backen
 def test_choose_backend_by_device(monkeypatch):
     """Devices before Ampere have neither kernel, and cuDNN is not deterministic. Mutation: either line dropped."""
     query = SimpleNamespace(device=CUDA, dtype=torch.float16, size=(3, 2, 4, 64).__getitem__)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=7))
     assert choose_backend(query, "fused") == "eager"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert choose_backend(query, "fused") == "flash"
+
+
+def test_choose_backend_in_a_compiled_layer(monkeypatch):
+    """The question about the device is one that dynamo folds into a constant; any other breaks the graph on CUDA.
+
+    Mutation: torch.cuda.get_device_capability.
+    """
+    from torch._dynamo.variables.torch import constant_fold_functions
+
+    asked = []
+    for name in ("get_device_capability", "get_device_properties", "get_device_name"):
+        answer = {"get_device_capability": (8, 0)}.get(name, SimpleNamespace(major=8, minor=0))
+        monkeypatch.setattr(torch.cuda, name, lambda _, name=name, answer=answer: (asked.append(name), answer)[1])
+    query = SimpleNamespace(device=CUDA, dtype=torch.float16, size=(3, 2, 4, 64).__getitem__)
+    assert choose_backend(query, "fused") == "cudnn"
+    monkeypatch.undo()
+    assert asked
+    assert all(getattr(torch.cuda, name) in constant_fold_functions for name in asked)
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn", "packed"])
