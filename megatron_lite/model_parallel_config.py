@@ -18,6 +18,10 @@ def divisors(value: int) -> str:
     return ", ".join(str(candidate) for candidate in range(1, value + 1) if value % candidate == 0)
 
 
+CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+"""How context parallel ranks can communicate in attention; docs/context_parallel.md says which is for what."""
+
+
 @dataclass
 class ModelParallelConfig(Validated):
     """What every parallel layer needs to know: sizes of the axes and the dtype it computes in.

@@ -13,9 +13,8 @@ from megatron_lite.context_parallel.packed_seq_params import PackedSeqParams
 from megatron_lite.context_parallel.sharding import SequenceLayout
 from megatron_lite.context_parallel.ulysses import gather_heads, order_of_group, scatter_heads
 from megatron_lite.errors import ConfigError
+from megatron_lite.model_parallel_config import CP_COMM_TYPES
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
-
-COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class ContextParallelism:
     two is trivial except for a2a+p2p.
 
     Attributes:
-        comm_type: one of COMM_TYPES.
+        comm_type: one of CP_COMM_TYPES.
         heads_group: ranks between which heads are divided; None for this rank alone.
         keys_group: ranks that exchange keys and values; None for this rank alone.
     """
@@ -43,8 +42,8 @@ class ContextParallelism:
         Raises:
             ConfigError: an unknown type, or a2a+p2p without two levels of hierarchical groups.
         """
-        if comm_type not in COMM_TYPES:
-            raise ConfigError(f"cp_comm_type is {comm_type!r}, but it must be one of {', '.join(COMM_TYPES)}.")
+        if comm_type not in CP_COMM_TYPES:
+            raise ConfigError(f"cp_comm_type is {comm_type!r}, but it must be one of {', '.join(CP_COMM_TYPES)}.")
         if group_size(groups.cp) == 1:
             return cls(comm_type)
         if comm_type == "a2a":

@@ -93,7 +93,7 @@ def attention_blocks(layout: SequenceLayout, cp_size: int, cp_rank: int, causal:
 
 def as_tensor(blocks: list[Block]) -> Tensor:
     """A plan as int64 [blocks, 6] on the CPU, the form in which compiled code can carry it."""
-    return torch.tensor(blocks, dtype=torch.int64).view(-1, 6)
+    return torch.tensor(blocks, dtype=torch.int64, device="cpu").view(-1, 6)
 
 
 def as_blocks(plan: Tensor) -> list[Block]:

@@ -1,7 +1,7 @@
 """Packed sequences: several documents behind one another in one row of tokens, each attending to itself only."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -41,7 +41,6 @@ class PackedSeqParams:
     max_seqlen_q: int | None = None
     max_seqlen_kv: int | None = None
     cu_seqlens_split: Tensor | None = None
-    _plans: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.qkv_format not in ("thd", "sbhd"):
@@ -70,7 +69,7 @@ class PackedSeqParams:
                 raise ConfigError(f"{name} differs from that of the queries, but self-attention has both from one row.")
         lengths = [end - start for start, end in itertools.pairwise(real)]
         room = [end - start for start, end in itertools.pairwise(padded)]
-        if real[0] != 0 or padded[0] != 0 or len(real) != len(padded) or any(length < 0 for length in lengths):
+        if real[:1] != [0] or padded[:1] != [0] or len(real) != len(padded) or any(length < 0 for length in lengths):
             raise ConfigError(
                 f"cu_seqlens_q is {real} and its padded form {padded}, but both must begin with 0, never fall, and "
                 "have one entry more than there are documents."
@@ -82,8 +81,16 @@ class PackedSeqParams:
                     "real lengths must not exceed padded ones."
                 )
         split = padded if self.cu_seqlens_split is None else self.cu_seqlens_split.tolist()
+        if split[:1] != [0] or sorted(split) != split or split[-1] < padded[-1]:
+            raise ConfigError(
+                f"cu_seqlens_split is {split}, but it must begin with 0, never fall, and hold all {padded[-1]} tokens."
+            )
         documents = tuple((start, start + length) for start, length in zip(padded[:-1], lengths, strict=True))
-        return SequenceLayout(tuple(sorted(set(split))), documents)
+        return SequenceLayout(tuple(dict.fromkeys(split)), documents)
+
+    @cached_property
+    def _plans(self) -> dict[tuple[int, int, bool], Tensor]:
+        return {}
 
     def plan(self, cp_size: int, cp_rank: int, causal: bool) -> Tensor:
         """The blocks one rank computes (blocks.as_tensor), worked out when first asked for."""
@@ -167,7 +174,7 @@ def get_packed_seq_params(
         )
 
     def cumulative(length: int) -> Tensor:
-        return torch.arange(batch + 1, dtype=torch.int32) * length
+        return torch.arange(batch + 1, dtype=torch.int32, device="cpu") * length
 
     return PackedSeqParams(
         qkv_format="thd" if cp_size > 1 or use_packed_sequence else "sbhd",

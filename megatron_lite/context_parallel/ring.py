@@ -77,12 +77,15 @@ def ring_backward(
         if step == 0:
             own = part
         else:
-            travelling = start_shift(part if travelling is None else part + wait(travelling), group)
+            if travelling is not None:
+                part += wait(travelling)
+            travelling = start_shift(part, group)
+        del part
         if arriving is not None:
             here = wait(arriving)
     assert own is not None
     if travelling is not None:
-        own = own + wait(travelling)  # the last step sent each gradient to the rank behind: the keys' own
+        own += wait(travelling)  # the last step sent each gradient to the rank behind: the keys' own
     # An operator's results must not share memory.
     grad_key, grad_value = (part.to(key.dtype, copy=True) for part in own)
     return gradient.grad_query.to(query.dtype), grad_key, grad_value

@@ -40,7 +40,7 @@ class SequenceLayout:
 
     def document_of_token(self) -> Tensor:
         """The number of each token's document, int64 [t]; -1 for padding."""
-        numbers = torch.full((self.stretches[-1],), -1)
+        numbers = torch.full((self.stretches[-1],), -1, device="cpu")
         for number, (start, end) in enumerate(self.documents):
             numbers[start:end] = number
         return numbers
@@ -79,12 +79,12 @@ def zigzag_positions(stretches: Sequence[int], cp_size: int, cp_rank: int) -> Te
         ConfigError: a stretch that cannot be cut into 2 cp equal chunks.
     """
     if cp_size == 1:
-        return torch.arange(stretches[-1])
+        return torch.arange(stretches[-1], device="cpu")
     parts = []
     for start, end in itertools.pairwise(stretches):
         chunk = chunk_length(end - start, cp_size)
         for number in (cp_rank, 2 * cp_size - 1 - cp_rank):
-            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk, device="cpu"))
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 

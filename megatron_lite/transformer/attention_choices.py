@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_lite.model_parallel_config import divisors
+from megatron_lite.model_parallel_config import CP_COMM_TYPES, divisors
 
 if TYPE_CHECKING:
     from megatron_lite.transformer.transformer_config import TransformerConfig
-
-CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 def cp_comm_type_of(config: "TransformerConfig", layer_number: int) -> str:

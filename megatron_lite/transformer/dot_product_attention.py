@@ -107,7 +107,7 @@ class DotProductAttention(MegatronModule):
                 tokens are not those of packed_seq_params.
         """
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.is_packed else None
-        self._check_inputs(query, attention_mask, attention_bias, packed)
+        self._check_inputs(query, key, attention_mask, attention_bias, packed)
         causal = (attn_mask_type or self.attn_mask_type).is_causal
         if self.context.size == 1 and packed is None:
             return self._attend(query, key, value, attention_mask, causal).flatten(2)
@@ -190,7 +190,7 @@ class DotProductAttention(MegatronModule):
             )
 
     def _check_inputs(
-        self, query: Tensor, mask: Tensor | None, bias: Tensor | None, packed: PackedSeqParams | None
+        self, query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, packed: PackedSeqParams | None
     ) -> None:
         if bias is not None:
             raise ConfigError("attention_bias is given, but DotProductAttention supports masks only; pass None.")
@@ -202,6 +202,11 @@ class DotProductAttention(MegatronModule):
             raise ConfigError(
                 "attention_mask is given with context parallelism or packed sequences, which keep documents apart "
                 "without a mask; pass packed_seq_params instead."
+            )
+        if query.size(0) != key.size(0) and (self.context.size > 1 or packed is not None):
+            raise ConfigError(
+                f"There are {query.size(0)} queries and {key.size(0)} keys, but with context parallelism or packed "
+                "sequences both are of the same tokens; attend without them to keys of another length."
             )
         if packed is not None and packed.layout.stretches[-1] != query.size(0) * self.context.size:
             raise ConfigError(

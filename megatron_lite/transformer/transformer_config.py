@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lite.config_field import knob
-from megatron_lite.model_parallel_config import ModelParallelConfig
+from megatron_lite.model_parallel_config import CP_COMM_TYPES, ModelParallelConfig
 from megatron_lite.model_parallel_config import divisors as divisors
 from megatron_lite.model_parallel_config import nearest_multiples as nearest_multiples
 from megatron_lite.transformer.activations import quick_gelu, squared_relu
-from megatron_lite.transformer.attention_choices import CP_COMM_TYPES, context_parallel_violations
+from megatron_lite.transformer.attention_choices import context_parallel_violations
 from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
 from megatron_lite.transformer.attention_choices import uses_window as uses_window
 

@@ -30,7 +30,7 @@ from megatron_lite import parallel_state
 from megatron_lite.arguments import parse_args, read_settings
 from megatron_lite.arguments.command_line import build_parser
 from megatron_lite.dry_run import dry_run
-from megatron_lite.transformer.attention_choices import CP_COMM_TYPES
+from megatron_lite.model_parallel_config import CP_COMM_TYPES
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
 from tests.e2e.commands import REPOSITORY, environment

@@ -179,6 +179,10 @@ REFUSED = {
     "falling": ({"cu_seqlens_q": lengths(0, 8, 4)}, "never fall"),
     "falling padded": ({"cu_seqlens_q": lengths(0, 4, 4), "cu_seqlens_q_padded": lengths(0, 8, 4)}, "Document 1"),
     "another number of documents": ({"cu_seqlens_q_padded": lengths(0, 8)}, "one entry more"),
+    "nothing": ({"cu_seqlens_q": lengths()}, "must begin with 0"),
+    "split not from 0": ({"cu_seqlens_split": lengths(4, 8)}, r"cu_seqlens_split is \[4, 8\]"),
+    "falling split": ({"cu_seqlens_split": lengths(0, 8, 4)}, r"cu_seqlens_split is \[0, 8, 4\]"),
+    "split of fewer tokens": ({"cu_seqlens_split": lengths(0)}, "hold all 8 tokens"),
     "a document longer than its room": (
         {"cu_seqlens_q_padded": lengths(0, 3, 8)},
         "Document 0 has 4 tokens in cu_seqlens_q, but only 3",

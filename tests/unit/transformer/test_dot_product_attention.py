@@ -174,5 +174,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="packed_seq_params describes"):
         attention(query, key, value, packed_seq_params=other)
     fitting = PackedSeqParams(cu_seqlens_q=torch.tensor([0, query.size(0)]))
+    with pytest.raises(ConfigError, match=r"There are \d+ queries and \d+ keys"):
+        attention(query, key[1:], value[1:], packed_seq_params=fitting)
     with pytest.raises(ConfigError, match="attention_mask is given"):
         attention(query, key, value, later(), packed_seq_params=fitting)
