@@ -270,10 +270,15 @@ def test_dropout_differs_between_context_parallel_ranks(pool):
 
 @functools.cache
 def memory_per_token(pool, cp: int, kind: str) -> float:
-    """Peak bytes a token of the whole sequence costs rank 0 in one layer, beside the kernels' fixed workspace."""
-    low, high = 4096, 8192
-    peaks = [pool.run(measure_layer, kind, length, world_size=cp)[0].peak_bytes for length in (low, high)]
-    return (peaks[1] - peaks[0]) / (high - low)
+    """Peak bytes a token of the whole sequence costs rank 0 in one layer, beside the kernels' fixed workspace.
+
+    The least of three, as gloo's thread may let go of what it has sent a moment late.
+    """
+    low, high = (
+        min(pool.run(measure_layer, kind, length, world_size=cp)[0].peak_bytes for _ in range(3))
+        for length in (4096, 8192)
+    )
+    return (high - low) / 4096
 
 
 @pytest.mark.parametrize(
