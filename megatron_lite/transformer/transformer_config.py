@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lite.config_field import knob
-from megatron_lite.model_parallel_config import CP_COMM_TYPES, ModelParallelConfig
+from megatron_lite.model_parallel_config import CP_COMM_TYPES
 from megatron_lite.model_parallel_config import divisors as divisors
 from megatron_lite.model_parallel_config import nearest_multiples as nearest_multiples
 from megatron_lite.transformer.activations import quick_gelu, squared_relu
 from megatron_lite.transformer.attention_choices import context_parallel_violations
 from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
 from megatron_lite.transformer.attention_choices import uses_window as uses_window
+from megatron_lite.transformer.moe.moe_config import MoEConfig
 
 
 @dataclass
-class TransformerConfig(ModelParallelConfig):
+class TransformerConfig(MoEConfig):
     """Everything a transformer layer is built from. Field names and defaults are Megatron's, but dropout is 0.
 
     Symbols used in docstrings: h = hidden_size, n = num_attention_heads, g = num_query_groups, d = kv_channels,

@@ -1,0 +1,1 @@
+"""Mixture of experts: router, balance, dispatch, grouped experts."""
