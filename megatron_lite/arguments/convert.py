@@ -32,9 +32,9 @@ def convert(raw: Any, hint: Any) -> Any:
 
 
 def takes_many(hint: Any) -> bool:
-    """Whether a flag of this type takes several words; a number or a list of numbers is one word."""
+    """Whether a flag of this type takes several words; a whole number or a list of these is one word: [0]*3+[1]*5."""
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
-    return [typing.get_origin(kind) for kind in kinds] == [list] or kinds == [str, list[str]]
+    return [typing.get_origin(kind) for kind in kinds] == [list] or kinds in ([str, list[str]], [float, list[float]])
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

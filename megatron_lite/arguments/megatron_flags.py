@@ -35,7 +35,20 @@ NO_EFFECT: dict[str, str] = {
         --no-clone-scatter-output-in-embedding --disable-clone-scatter-output-in-embedding --use-te-activation-func
         --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
         --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
-        --no-gradient-reduce-div-fusion --mla-down-proj-fusion
+        --no-gradient-reduce-div-fusion --mla-down-proj-fusion --moe-permute-fusion --moe-router-fusion
+        --use-grouped-gemm-for-shared-expert --use-grouped-gemm-for-dense-mlp
+    """,
+    "when tokens travel changes no result; the order of computation and communication is chosen automatically": """
+        --overlap-moe-expert-parallel-comm --overlap-dispatch-backward-with-experts-wgrad
+        --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream --moe-flex-dispatcher-num-sms=
+        --moe-deepep-num-sms= --moe-hybridep-num-sms= --moe-hybridep-num-blocks-permute=
+        --moe-hybridep-num-blocks-unpermute= --moe-hybridep-num-sms-preprocessing=
+    """,
+    "the experts of a rank are one tensor already": """
+        --moe-use-grouped-tensor --moe-single-grouped-weight --moe-single-grouped-bias
+    """,
+    "the balance of each layer is always logged": """
+        --moe-per-layer-logging
     """,
     "tuning of a memory or launch cost that this framework does not have": """
         --cpu-offloading-retain-pinned-cpu-buffers --cuda-graph-warmup-steps= --min-offloaded-tensor-size=
@@ -57,7 +70,10 @@ NO_EFFECT: dict[str, str] = {
         --straggler-minmax-count= --disable-straggler-on-startup --run-workload-inspector-server --no-one-logger
         --one-logger-project= --one-logger-run-name= --one-logger-async --app-tag-run-name= --app-tag-run-version=
         --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters=
-        --rerun-mode=disabled|validate_results|report_stats
+        --rerun-mode=disabled|validate_results|report_stats --moe-routing-trace-path=
+        --moe-routing-trace-max-training-iters= --moe-routing-trace-capture-logits
+        --moe-routing-trace-capture-hidden-states --moe-routing-trace-dump-weights
+        --save-tokens-per-expert-interval=
     """,
     "batches are read in the order of consumed samples": """
         --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
@@ -118,32 +134,18 @@ REFUSED: dict[str, str] = {
     "all samples are split over the same context parallel ranks (--context-parallel-size)": """
         --max-seqlen-per-dp-cp-rank= --hybrid-context-parallel
     """,
-    "mixture of experts comes in a later version": """
-        --overlap-moe-expert-parallel-comm --overlap-dispatch-backward-with-experts-wgrad
-        --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream
-        --moe-shared-expert-intermediate-size= --moe-shared-expert-gate --moe-shared-expert-overlap
-        --use-grouped-gemm-for-shared-expert --moe-shared-expert-glu-interleave-size= --moe-ffn-hidden-size=
-        --moe-router-topk= --moe-enable-routing-replay --moe-router-padding-for-quantization
-        --moe-router-padding-for-fp8 --moe-router-num-groups= --moe-router-group-topk= --moe-router-pre-softmax
-        --moe-router-topk-scaling-factor= --moe-router-score-function= --moe-router-dtype=
-        --moe-router-enable-expert-bias --moe-router-bias-update-rate= --moe-router-quantile-balancing-ema=
-        --moe-router-force-load-balancing --moe-router-force-biased= --use-grouped-gemm-for-dense-mlp
-        --moe-grouped-gemm --moe-use-grouped-tensor --moe-single-grouped-weight --moe-single-grouped-bias
-        --moe-z-loss-coeff= --moe-input-jitter-eps= --moe-token-dispatcher-type= --moe-enable-deepep
-        --moe-flex-dispatcher-backend= --moe-permute-fusion-into-hybridep --moe-hybridep-pad-uneven-dispatch-inputs
-        --moe-per-layer-logging --moe-expert-capacity-factor= --moe-pad-expert-input-to-capacity
-        --moe-pad-experts-for-cuda-graph-inference --moe-token-drop-policy= --moe-layer-recompute
-        --moe-permute-fusion --moe-router-fusion --moe-apply-probs-on-input --moe-latent-size=
-        --moe-flex-dispatcher-num-sms= --moe-deepep-num-sms= --moe-hybridep-num-sms=
-        --moe-hybridep-num-blocks-permute= --moe-hybridep-num-blocks-unpermute=
-        --moe-hybridep-num-sms-preprocessing= --moe-ncclep-zero-copy --moe-dispatch-fwd-dtype=
-        --moe-combine-bwd-dtype= --moe-mlp-glu-interleave-size= --moe-expert-rank-capacity-factor= --moe-paged-stash
-        --moe-paged-stash-page-size= --moe-paged-stash-buffer-size-factor-cuda=
-        --moe-paged-stash-buffer-size-factor-cpu= --freeze-all-layers --save-tokens-per-expert-interval=
-        --num-experts= --moe-layer-freq=1 --moe-use-upcycling --moe-router-load-balancing-type=*
-        --moe-aux-loss-coeff=* --moe-upcycling-granularity= --moe-routing-trace-path=
-        --moe-routing-trace-max-training-iters= --moe-routing-trace-capture-logits
-        --moe-routing-trace-capture-hidden-states --moe-routing-trace-dump-weights
+    "--moe-token-dispatcher-type allgather and alltoall, and flex with DeepEP, are the ways tokens travel": """
+        --moe-permute-fusion-into-hybridep --moe-hybridep-pad-uneven-dispatch-inputs --moe-ncclep-zero-copy
+        --moe-expert-rank-capacity-factor= --moe-dispatch-fwd-dtype=bf16 --moe-combine-bwd-dtype=bf16
+    """,
+    "this variant of a mixture of experts is not implemented": """
+        --moe-latent-size= --moe-apply-probs-on-input --moe-router-quantile-balancing-ema=0|0.0
+        --moe-router-force-biased= --moe-enable-routing-replay --moe-shared-expert-glu-interleave-size=
+        --moe-mlp-glu-interleave-size= --freeze-all-layers
+    """,
+    "experts' activations are recomputed (--recompute-modules moe_act) rather than stashed": """
+        --moe-paged-stash --moe-paged-stash-page-size= --moe-paged-stash-buffer-size-factor-cuda=
+        --moe-paged-stash-buffer-size-factor-cpu=
     """,
     "multi-token prediction comes in a later version": """
         --mtp-standalone --mtp-num-layers= --mtp-loss-scaling-factor= --mtp-use-repeated-layer --mtp-detach-heads
@@ -196,9 +198,11 @@ REFUSED: dict[str, str] = {
         --num-layers-at-start-in-bf16= --num-layers-at-end-in-bf16= --use-kitchen-attention
         --kitchen-attention-backend= --fp4-format= --fp4-recipe= --fp4-quantizer-factory=
         --reuse-grad-buf-for-mxfp8-param-ag --fp4-param-gather --fp8-param-gather --te-precision-config-file=
+        --moe-router-padding-for-quantization --moe-router-padding-for-fp8
     """,
     "CUDA graphs are not implemented; --compile is": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-impl=none --cuda-graph-scope=* --cuda-graph-modules=*
+        --moe-pad-experts-for-cuda-graph-inference
     """,
     "serving is not part of training; see tools/generate.py": """
         --inference-cuda-graph-scope= --flash-decode --nccl-all-reduce-for-prefill --inference-fuse-tp-communication

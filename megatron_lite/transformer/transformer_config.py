@@ -122,7 +122,9 @@ class TransformerConfig(MoEConfig):
     )
     recompute_num_layers: int | None = knob(None, "full: layers per chunk (uniform) or layers recomputed (block).")
     recompute_modules: list[str] | None = knob(
-        None, "selective: which parts; default core_attn.", choices=("core_attn", "mlp", "layernorm")
+        None,
+        "selective: which parts; default core_attn. moe is a whole layer of experts, moe_act their activations.",
+        choices=("core_attn", "mlp", "layernorm", "moe", "moe_act"),
     )
     distribute_saved_activations: bool = knob(False, "full: split the stored layer inputs over the TP ranks.")
 
@@ -138,9 +140,19 @@ class TransformerConfig(MoEConfig):
             # Llama's convention keeps the parameter count of a gated MLP near that of a plain one.
             full = 4 * self.hidden_size
             self.ffn_hidden_size = int(full * 2 / 3 / 64) * 64 if self.gated_linear_unit else full
+        if self.num_moe_experts is not None and self.moe_ffn_hidden_size is None:
+            self.moe_ffn_hidden_size = self.ffn_hidden_size
+        self._choose_recompute_modules()
+        self._choose_init_methods()
+
+    def _choose_recompute_modules(self) -> None:
+        if self.moe_layer_recompute and self.recompute_granularity in (None, "selective"):
+            self.recompute_granularity = "selective"
+            self.recompute_modules = [*(self.recompute_modules or []), "moe"]
         if self.recompute_granularity == "selective" and self.recompute_modules is None:
             self.recompute_modules = ["core_attn"]
-        self._choose_init_methods()
+        if self.recompute_modules is not None:
+            self.recompute_modules = list(dict.fromkeys(self.recompute_modules))
 
     def _choose_activation(self) -> None:
         for flag, function, gated in (
@@ -241,7 +253,7 @@ class TransformerConfig(MoEConfig):
     def _recompute_violations(self) -> list[str]:
         found = []
         if self.recompute_granularity == "selective" and not self.recompute_modules:
-            found.append("recompute_modules names nothing to recompute: write core_attn, mlp or layernorm.")
+            found.append("recompute_modules names nothing to recompute: write core_attn, mlp, layernorm, moe or moe_act.")
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 found.append(

@@ -86,7 +86,7 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--num-experts", "8"], "--num-experts 8 is given, but not supported: mixture of experts"),
+        (["--moe-latent-size", "8"], "--moe-latent-size 8 is given, but not supported: this variant of a mixture"),
         (["--multi-latent-attention"], "multi-latent attention comes in a later version"),
         (["--mtp-num-layers", "1"], "multi-token prediction"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
@@ -95,7 +95,9 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
         (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
         (["--batch-size", "8"], "write --micro-batch-size"),
-        (["--moe-router-topk", "4", "--moe-grouped-gemm"], "--moe-router-topk 4, --moe-grouped-gemm are given"),
+        (["--moe-paged-stash", "--moe-paged-stash-page-size", "8"], "--moe-paged-stash, --moe-paged-stash-page-size 8"),
+        (["--moe-dispatch-fwd-dtype", "mxfp8"], "--moe-dispatch-fwd-dtype mxfp8 is given, but not supported"),
+        (["--moe-router-padding-for-fp8"], "--moe-router-padding-for-fp8 is given, but not supported: FP8"),
     ],
 )
 def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: str) -> None:
@@ -106,7 +108,7 @@ def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: s
 
 @pytest.mark.parametrize(
     "words",
-    [["--exp-avg-dtype", "fp32"], ["--ckpt-format", "torch_dist"], ["--rope-type", "rope"], ["--moe-layer-freq", "1"]],
+    [["--exp-avg-dtype", "fp32"], ["--ckpt-format", "torch_dist"], ["--rope-type", "rope"], ["--moe-combine-bwd-dtype", "bf16"]],
 )
 def test_values_that_ask_for_nothing_special_pass(words: list[str]) -> None:
     assert not read_settings(words).problems

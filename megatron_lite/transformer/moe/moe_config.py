@@ -78,3 +78,28 @@ class MoEConfig(ModelParallelConfig):
     # Start from a dense model
     moe_use_upcycling: bool = knob(False, "Load a dense checkpoint and copy its MLPs into the experts.")
     moe_upcycling_granularity: int = knob(1, "Upcycling: experts into which each dense MLP is divided.")
+
+    # Another spelling of Megatron's
+    moe_layer_recompute: bool = knob(False, "The same as --recompute-granularity selective --recompute-modules moe.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+            given = getattr(self, name)
+            if isinstance(given, list) and len(given) == 1:
+                setattr(self, name, given[0])
+        if self.moe_enable_deepep:
+            self.moe_token_dispatcher_type = "flex"
+
+
+def is_moe_layer(config: MoEConfig, layer_number: int) -> bool:
+    """Whether layer `layer_number` (counted from 1) has experts instead of one MLP.
+
+    moe_layer_freq N gives them to the layers 1, N + 1, 2 N + 1, ...; a list holds 1 (experts) or 0 (dense) per layer.
+    """
+    if config.num_moe_experts is None:
+        return False
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return (layer_number - 1) % frequency == 0
+    return bool(frequency[layer_number - 1])
