@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
@@ -30,15 +30,18 @@ class ParameterSpec:
     Attributes:
         init_method: fills the full logical tensor in place from the ambient random state.
         partial_over_tp: after backward the local gradient is a partial sum over tensor parallel ranks and must be
-            summed (norms, row biases and gates under sequence parallelism; q and k norms always).
+            summed (norms, row biases and gates under sequence parallelism; q and k norms always). For an expert these
+            are the expert tensor parallel ranks.
         is_expert: the parameter belongs to a routed expert (a property of the parameter, never of a size).
         apply_weight_decay: None decides by the rule "not 1-D and not a bias" on the logical shape.
+        stacks_experts: dimension 0 counts experts, and `init_method` fills the tensor of one of them.
     """
 
     init_method: Callable[[Tensor], Any]
     partial_over_tp: bool = False
     is_expert: bool = False
     apply_weight_decay: bool | None = None
+    stacks_experts: bool = False
 
 
 def declare_parameter(module: nn.Module, name: str, spec: ParameterSpec) -> None:
@@ -94,6 +97,91 @@ def create_parameter(
     return parameter
 
 
+def create_expert_parameter(
+    module: nn.Module,
+    name: str,
+    global_shape: tuple[int, ...],
+    *,
+    init_method: Callable[[Tensor], Any],
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    shard_dim: int | None = None,
+    ep_group: ProcessGroup | None = None,
+    etp_group: ProcessGroup | None = None,
+    tp_ep_group: ProcessGroup | None = None,
+    partial_over_tp: bool = False,
+    apply_weight_decay: bool | None = None,
+    perform_initialization: bool = True,
+) -> nn.Parameter:
+    """Register the tensors of all experts, stacked to [E, ...], on `module`, holding those of this rank.
+
+    Dimension 0 is split over `ep_group` in contiguous blocks, `shard_dim` over `etp_group`; with process groups the
+    parameter is a DTensor on the 2-D mesh ("ep", "etp"), otherwise a plain tensor. Unless on the meta device it is
+    filled from the ambient random state, expert after expert, so equal seeds give weights independent of the layout.
+
+    Args:
+        module: owner of the parameter.
+        name: attribute of the parameter.
+        global_shape: [E, ...] of all experts.
+        init_method: fills the tensor of one expert.
+        dtype: of the stored parameter.
+        device: of the stored parameter.
+        shard_dim: dimension (from 1 on) split over `etp_group`; None: every rank of that group holds it whole.
+        ep_group: ranks over which the experts are distributed.
+        etp_group: ranks over which each expert is split.
+        tp_ep_group: both together; needed if the groups are not those of `parallel_state`.
+        partial_over_tp: the local gradient is a partial sum over `etp_group`.
+        apply_weight_decay: see ParameterSpec.
+        perform_initialization: fill it.
+
+    Raises:
+        ConfigError: a group's size does not divide its dimension, or the groups form no mesh.
+    """
+    spec = ParameterSpec(init_method, partial_over_tp, True, apply_weight_decay, stacks_experts=True)
+    declare_parameter(module, name, spec)
+    shape = list(global_shape)
+    shape[0] = divide(shape[0], group_size(ep_group))
+    if shard_dim is not None:
+        shape[shard_dim] = divide(shape[shard_dim], group_size(etp_group))
+    stored = torch.empty(shape, dtype=dtype, device=device)
+    mesh = _mesh_of_experts(ep_group, etp_group, tp_ep_group)
+    if mesh is not None:
+        placements = [Shard(0), Replicate() if shard_dim is None else Shard(shard_dim)]
+        stored = DTensor.from_local(stored, mesh, placements, run_check=False)
+    parameter = nn.Parameter(stored)
+    module.register_parameter(name, parameter)
+    if perform_initialization and not parameter.is_meta:
+        with torch.no_grad():
+            mine = _stored_experts(parameter)
+            for expert in range(global_shape[0]):
+                full = torch.empty(global_shape[1:], dtype=dtype, device=device)
+                init_method(full)
+                if expert in mine:
+                    local(parameter.detach())[mine.index(expert)] = _shard_of_expert(full, parameter)
+    return parameter
+
+
+def _mesh_of_experts(
+    ep_group: ProcessGroup | None, etp_group: ProcessGroup | None, tp_ep_group: ProcessGroup | None
+) -> DeviceMesh | None:
+    """The 2-D mesh ("ep", "etp") of these groups; None where there is none to split over."""
+    if ep_group is not None and etp_group is not None:
+        slices = parallel_state.get_mesh_of_group(ep_group), parallel_state.get_mesh_of_group(etp_group)
+        if all(one is not None and one.mesh_dim_names != ("tp",) for one in slices):
+            return parallel_state.get_expert_mesh()["ep", "etp"]
+        if tp_ep_group is not None:
+            device_type = "cuda" if dist.get_backend(ep_group) == "nccl" else "cpu"
+            # In the joint group the expert tensor parallel ranks are neighbours.
+            ranks = torch.tensor(dist.get_process_group_ranks(tp_ep_group)).view(-1, group_size(etp_group))
+            return DeviceMesh.from_group([ep_group, etp_group], device_type, mesh=ranks, mesh_dim_names=("ep", "etp"))
+    if group_size(ep_group) * group_size(etp_group) == 1:
+        return None
+    raise ConfigError(
+        f"the experts are split over groups of {group_size(ep_group)} (ep) and {group_size(etp_group)} (expt_tp) ranks "
+        "that initialize_model_parallel did not make; give ep, expt_tp and tp_ep, all three, in the pg_collection."
+    )
+
+
 def _mesh_of_foreign_group(group: ProcessGroup) -> DeviceMesh:
     device_type = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
@@ -128,7 +216,9 @@ def initialize_parameters(model: nn.Module, seed: int, on_cpu: bool = False) -> 
     """Fill every parameter so that its logical value depends on (seed, name) alone, not on the layout.
 
     Each logical tensor is drawn whole from a generator seeded by its name and sliced to what this rank stores: first
-    the tensor (or expert) parallel shard, then FSDP's chunk. No communication; the random state is left as it was.
+    the tensor (or expert) parallel shard, then FSDP's chunk. Stacked experts are drawn one by one, each from its own
+    seed (name and global index), and only those of which this rank stores something. No communication; the random
+    state is left as it was.
 
     Args:
         model: its parameters have storage; their values are replaced.
@@ -142,14 +232,40 @@ def initialize_parameters(model: nn.Module, seed: int, on_cpu: bool = False) -> 
     for fqn, parameter in model.named_parameters():
         target = local(parameter.detach())
         device = torch.device("cpu") if on_cpu else target.device
-        with _seeded_by_name(seed, fqn, device):
-            full = torch.empty(parameter.shape, dtype=target.dtype, device=device)
-            specs[fqn].init_method(full)
-        target.copy_(_shard_of(full, parameter))
+        spec = specs[fqn]
+        if not spec.stacks_experts:
+            target.copy_(_shard_of(_drawn(seed, fqn, spec, parameter.shape, target.dtype, device), parameter))
+            continue
+        for position, expert in enumerate(_stored_experts(parameter)):
+            full = _drawn(seed, f"{fqn}.{expert}", spec, parameter.shape[1:], target.dtype, device)
+            target[position] = _shard_of_expert(full, parameter)
 
 
-def _shard_of(full: Tensor, parameter: Tensor) -> Tensor:
-    """What this rank stores of the logical tensor `full`, given how `parameter` is split.
+def _drawn(
+    seed: int, name: str, spec: ParameterSpec, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The logical tensor of this name, which depends on (seed, name) alone."""
+    with _seeded_by_name(seed, name, device):
+        full = torch.empty(shape, dtype=dtype, device=device)
+        spec.init_method(full)
+    return full
+
+
+def _stored_experts(parameter: Tensor) -> list[int]:
+    """Global indices of the experts of which this rank stores (a part of) the tensor, in the order of its shard."""
+    indices: list[int] = _shard_of(torch.arange(parameter.shape[0], device="cpu"), parameter, only=0).tolist()
+    return indices
+
+
+def _shard_of_expert(full: Tensor, parameter: Tensor) -> Tensor:
+    """What a rank that stores an expert stores of that expert's tensor `full`, one of those stacked in `parameter`."""
+    for dim in range(1, parameter.ndim):
+        full = _shard_of(full.unsqueeze(0), parameter, only=dim).squeeze(0)
+    return full
+
+
+def _shard_of(full: Tensor, parameter: Tensor, only: int | None = None) -> Tensor:
+    """What this rank stores of the logical tensor `full`, given how `parameter` is split (along dimension `only`).
 
     Mesh dimensions are taken from the last to the first: tensor parallelism splits before FSDP does (`_StridedShard`).
     """
@@ -162,6 +278,8 @@ def _shard_of(full: Tensor, parameter: Tensor) -> Tensor:
         if placement.is_replicate():
             continue
         dim: int = placement.dim  # type: ignore[attr-defined]  # Shard and _StridedShard have it, nothing else occurs
+        if only is not None and dim != only:
+            continue
         chunks = full.chunk(mesh.size(mesh_dim), dim)
         position = coordinate[mesh_dim]
         # torch.chunk makes fewer chunks when a dimension is too small; the ranks beyond them store nothing.

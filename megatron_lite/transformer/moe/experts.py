@@ -1,0 +1,185 @@
+"""GroupedMLP: the feed-forward blocks of this rank's experts, computed together in grouped products."""
+
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.ops.grouped_linear import grouped_linear
+from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
+from megatron_lite.tensor_parallel.layers import local_in_dtype
+from megatron_lite.tensor_parallel.parameters import create_expert_parameter
+from megatron_lite.transformer.mlp import activation_function
+from megatron_lite.transformer.module import MegatronModule
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+
+class GroupedMLP(MegatronModule):
+    """E experts, each fc2(activation(fc1(x)) * p) with p the router's probability of the row.
+
+    As p is linear behind the activation, the sum over a token's experts needs no other weight. The rows of a gated
+    fc1 are interleaved (gate 0, up 0, gate 1, up 1, ...) as in MLP. Expert e lives on expert parallel rank
+    e // (E / ep); under expert tensor parallelism a rank holds f/etp of the width of each of its experts.
+
+    Parameters: weight1 [E, f (gated: 2f), h], weight2 [E, h, f]; with add_bias_linear bias1 [E, f (2f)], bias2 [E, h].
+
+    Args:
+        num_local_experts: experts of this rank; E is that times the expert parallel size.
+        config: widths (moe_ffn_hidden_size, default ffn_hidden_size), activation, biases, init methods,
+            moe_grouped_gemm (off: expert by expert), "moe_act" in recompute_modules.
+        pg_collection: process groups (ep, expt_tp, tp_ep), default the global ones.
+
+    Raises:
+        ConfigError: a number of experts that does not fit config.num_moe_experts, or a width that does not divide.
+    """
+
+    config: TransformerConfig
+    weight1: nn.Parameter
+    weight2: nn.Parameter
+    bias1: nn.Parameter | None
+    bias2: nn.Parameter | None
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+    ) -> None:
+        super().__init__(config)
+        groups = ProcessGroupCollection.use_mpu_process_groups() if pg_collection is None else pg_collection
+        self.pg_collection = groups
+        self.num_local_experts = num_local_experts
+        self.num_experts = num_local_experts * group_size(groups.ep)
+        if config.num_moe_experts not in (None, self.num_experts):
+            raise ConfigError(
+                f"num_local_experts is {num_local_experts} on each of {group_size(groups.ep)} expert parallel ranks, "
+                f"but num_moe_experts is {config.num_moe_experts}; their product must equal that."
+            )
+        self.gated = config.gated_linear_unit
+        self.activation = activation_function(config)
+        self.backend = "auto" if config.moe_grouped_gemm else "loop"
+        self.recompute_activation = "moe_act" in (config.recompute_modules or ()) and (
+            config.recompute_granularity == "selective"
+        )
+        self.adds_bias2 = group_rank(groups.expt_tp) == 0
+        self._dispatcher: Any = None
+        self._create_parameters()
+
+    def _create_parameters(self) -> None:
+        config, experts, groups = self.config, self.num_experts, self.pg_collection
+        width, hidden = config.moe_ffn_hidden_size or config.ffn_hidden_size, config.hidden_size
+        assert width is not None, "TransformerConfig derives ffn_hidden_size"
+        fc1_rows = 2 * width if self.gated else width
+
+        def create(name: str, shape: tuple[int, ...], init_method: Any, **options: Any) -> None:
+            create_expert_parameter(
+                self,
+                name,
+                shape,
+                init_method=init_method,
+                dtype=config.main_params_dtype,
+                device=torch.device("cpu") if config.use_cpu_initialization else None,
+                ep_group=groups.ep,
+                etp_group=groups.expt_tp,
+                tp_ep_group=groups.tp_ep,
+                perform_initialization=config.perform_initialization,
+                **options,
+            )
+
+        create("weight1", (experts, fc1_rows, hidden), config.init_method, shard_dim=1)
+        create("weight2", (experts, hidden, width), config.output_layer_init_method, shard_dim=2)
+        if not config.add_bias_linear:
+            self.register_parameter("bias1", None)
+            self.register_parameter("bias2", None)
+            return
+        zeros = nn.init.zeros_
+        create("bias1", (experts, fc1_rows), zeros, shard_dim=1, apply_weight_decay=False)
+        # Only the first expert tensor parallel rank adds it, and the dispatcher sums what the ranks computed.
+        partial = group_size(groups.expt_tp) > 1
+        create("bias2", (experts, hidden), zeros, partial_over_tp=partial, apply_weight_decay=False)
+
+    def forward(self, hidden_states: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
+        """Dispatch, compute and combine: [..., h] -> [..., h].
+
+        Args:
+            hidden_states: [..., h], this rank's own tokens.
+            scores: [..., k] probabilities of the chosen experts.
+            indices: [..., k] int64 global indices of them.
+
+        Collectives: those of the dispatcher of `config.moe_token_dispatcher_type`.
+        """
+        if self._dispatcher is None:
+            from megatron_lite.transformer.moe.token_dispatcher import build_token_dispatcher
+
+            self._dispatcher = build_token_dispatcher(self.config, self.num_local_experts, self.pg_collection)
+        tokens = hidden_states.flatten(0, -2)
+        rows, row_probs, tokens_per_expert, state = self._dispatcher.dispatch(
+            tokens, scores.flatten(0, -2), indices.flatten(0, -2)
+        )
+        output: Tensor = self._dispatcher.combine(self._compute(rows, row_probs, tokens_per_expert), state)
+        return output.view_as(hidden_states)
+
+    def forward_dispatched(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """The experts' outputs for rows that are here already: [m, h] -> [m, h].
+
+        Under expert tensor parallelism the result is this rank's share of a sum over `pg_collection.expt_tp`. Data
+        parallelism hooks into this method as into forward.
+
+        Args:
+            rows: [m, h] sorted by local expert.
+            row_probs: [m] probabilities.
+            tokens_per_expert: [E_local] int64 numbers of rows, on the device of rows.
+        """
+        return self._compute(rows, row_probs, tokens_per_expert)
+
+    def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        # Cast outside of what may be recomputed.
+        weight2 = local_in_dtype(self.weight2, rows.dtype)
+        probs = row_probs.unsqueeze(-1)
+
+        def activate_and_fc2(gate: Tensor, up: Tensor | None, probs: Tensor) -> Tensor:
+            activated = self.activation(gate) if up is None else self.activation(gate) * up
+            return grouped_linear((activated * probs).to(rows.dtype), weight2, tokens_per_expert, self.backend)
+
+        gate, up = self._fc1(rows, tokens_per_expert)
+        if self.recompute_activation and torch.is_grad_enabled():
+            # The product is in it so that its input is not kept either; the recomputation stops before the product.
+            output: Tensor = torch.utils.checkpoint.checkpoint(
+                activate_and_fc2, gate, up, probs, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            output = activate_and_fc2(gate, up, probs)
+        if self.bias2 is None:
+            return output
+        bias = _of_rows(self.bias2, tokens_per_expert, rows) * probs
+        # Where another rank adds it, its gradient is zero, and not None: it takes part in the sum over the ranks.
+        return (output + (bias if self.adds_bias2 else bias * 0.0)).to(rows.dtype)
+
+    def _fc1(self, rows: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes into the activation: ([m, f/etp], None), or the gates and the ups, each [m, f/etp].
+
+        As in MLP the smaller of weight and output is reordered, since elementwise work on interleaved columns is slow.
+        """
+        weight = local_in_dtype(self.weight1, rows.dtype)
+        bias = None if self.bias1 is None else _of_rows(self.bias1, tokens_per_expert, rows)
+        reorder_weight = self.gated and rows.numel() >= weight.numel() // 2
+        if reorder_weight:
+            weight = weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        output = grouped_linear(rows, weight, tokens_per_expert, self.backend)
+        if not self.gated:
+            return output if bias is None else (output + bias).to(rows.dtype), None
+        gate, up = output.chunk(2, dim=-1) if reorder_weight else output.unflatten(-1, (-1, 2)).unbind(-1)
+        if bias is not None:
+            gate_bias, up_bias = bias.unflatten(-1, (-1, 2)).unbind(-1)
+            gate, up = (gate + gate_bias).to(rows.dtype), (up + up_bias).to(rows.dtype)
+        return gate, up
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        width = self.config.moe_ffn_hidden_size or self.config.ffn_hidden_size
+        return f"experts={self.num_experts}, local={self.num_local_experts}, ffn_hidden_size={width}"
+
+
+def _of_rows(bias: Tensor, tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
+    """Each row's bias, [E_local, n] -> [m, n] in at least float32, in which its gradient is summed."""
+    table = local_in_dtype(bias, torch.promote_types(rows.dtype, torch.float32))
+    return table.repeat_interleave(tokens_per_expert, dim=0, output_size=rows.size(0))
