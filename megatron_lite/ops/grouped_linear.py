@@ -48,9 +48,11 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, backend
         ConfigError: a backend that is unknown or not installed.
     """
     wanted = _chosen(backend)
+    if x.size(0) == 0:
+        return _loop(x, weight, tokens_per_expert)
     if wanted == "torch" and _suits_grouped_mm(x, weight):
         return _torch(x, weight, tokens_per_expert)
-    if wanted == "grouped_gemm" and x.is_cuda and x.dtype == torch.bfloat16 and x.size(0) > 0:
+    if wanted == "grouped_gemm" and x.is_cuda and x.dtype == torch.bfloat16:
         return _grouped_gemm(x, weight, tokens_per_expert)
     return _loop(x, weight, tokens_per_expert)
 
@@ -70,7 +72,7 @@ def _chosen(backend: str) -> str:
 
 
 def _suits_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.grouped_mm and its backward take these: dtype, and rows of x, weight and output that are aligned."""
+    """Whether F.grouped_mm and its backward take this dtype and keep the rows of x, weight and output aligned."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return all(size * x.element_size() % _ALIGNMENT_BYTES == 0 for size in weight.shape[1:])
