@@ -205,12 +205,18 @@ def _cudnn_backward(
 
 def _rows_second(x: Tensor, lengths: Lengths | None) -> Tensor:
     """[s, b, g, d] -> [b, s, g, d], or [s, g, d] of packed rows."""
+    x = _with_dense_heads(x)
     return x.transpose(0, 1) if lengths is None else x.squeeze(1)
 
 
 def _heads_first(x: Tensor) -> Tensor:
     """[s, b, g, d] -> [b, g, s, d]."""
-    return x.permute(1, 2, 0, 3)
+    return _with_dense_heads(x).permute(1, 2, 0, 3)
+
+
+def _with_dense_heads(x: Tensor) -> Tensor:
+    """x, copied if the numbers of a head are not neighbours in memory; CPU's kernel would read others."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _no_random_state(query: Tensor) -> tuple[Tensor, Tensor]:

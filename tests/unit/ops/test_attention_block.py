@@ -85,6 +85,20 @@ def relative_error(actual: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("strided", range(4))
+def test_numbers_of_a_head_far_apart_in_memory(backend, strided):
+    """Query, key, value or gradient as somebody's transpose left them.
+
+    Mutation: _with_dense_heads that returns x (flash_cpu then reads other numbers for a query, without an error).
+    """
+    tensors = inputs(40, 40, 4, 2)
+    tensors[strided] = tensors[strided].transpose(2, 3).contiguous().transpose(2, 3)
+    assert tensors[strided].stride(-1) > 1
+    for actual, wanted in zip(computed(*tensors, True, backend), expected(*tensors, True), strict=True):
+        assert relative_error(actual, wanted) <= 1e-13
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64_equals_the_formula(shape, backend):
     """Output, log_sum and gradients to 1e-13, with the shapes and dtypes promised.
