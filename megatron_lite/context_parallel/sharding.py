@@ -9,7 +9,7 @@ tokens always stand in the order of the whole:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.process_groups import group_rank, group_size
+from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def chunk_length(length: int, cp_size: int) -> int:
         below, above = length // chunks * chunks, (length // chunks + 1) * chunks
         raise ConfigError(
             f"The sequence length is {length}, but sequence length must be divisible by cp_size * 2 ({chunks}): use "
-            f"{f'{below} or ' if below else ''}{above}, or pad with --pad-to-multiple."
+            f"{f'{below} or ' if below else ''}{above}, or pad with --pad-to-multiple (packed documents that are split "
+            "one by one: with get_padding, and say so in cu_seqlens_q_padded)."
         )
     return length // chunks
 
@@ -115,10 +116,19 @@ def split_sequence(
         cp_size: number of context parallel ranks.
         cp_rank: this one.
         stretches: as in SequenceLayout; default one stretch.
+
+    Raises:
+        ConfigError: stretches of another length, or that cannot be cut into 2 cp equal chunks.
     """
+    stretches = stretches or (0, whole.size(dim))
+    if stretches[-1] != whole.size(dim):
+        raise ConfigError(
+            f"The stretches end at {stretches[-1]}, but dimension {dim} has {whole.size(dim)} tokens; split the whole "
+            "row, with the padding of its documents."
+        )
     if cp_size == 1:
         return whole
-    positions = zigzag_positions(stretches or (0, whole.size(dim)), cp_size, cp_rank)
+    positions = zigzag_positions(stretches, cp_size, cp_rank)
     return whole.index_select(dim, positions.to(whole.device))
 
 
@@ -136,18 +146,25 @@ SEQUENCE_DIMS = {"attention_mask": 2}
 """Where the tokens of a batch's tensors are, if not in dim 1; of a mask [b, 1, s, s] the queries are split."""
 
 
-def get_batch_on_this_cp_rank(batch: dict[str, Tensor], cp_group: ProcessGroup | None = None) -> dict[str, Tensor]:
+def get_batch_on_this_cp_rank(
+    batch: Mapping[str, Tensor | None], cp_group: ProcessGroup | None = None
+) -> dict[str, Tensor | None]:
     """This rank's part of a batch: tokens, labels, loss_mask, position_ids [b, s] -> [b, s / cp].
 
     Labels are shifted and positions counted before, in the whole sequence. Of an attention_mask [b, 1, s, s] the rows
-    (queries) are split.
+    (queries) are split. What is None stays None.
 
     Args:
         batch: the same on all ranks of the group.
-        cp_group: the context parallel group; None stands for this process alone.
+        cp_group: default the global context parallel group; without one this process is alone.
 
     Raises:
         ConfigError: the sequence length is not divisible by cp_size * 2.
     """
+    if cp_group is None:
+        cp_group = ProcessGroupCollection.use_mpu_process_groups(["cp"]).cp
     size, rank = group_size(cp_group), group_rank(cp_group)
-    return {name: split_sequence(tensor, SEQUENCE_DIMS.get(name, 1), size, rank) for name, tensor in batch.items()}
+    return {
+        name: None if tensor is None else split_sequence(tensor, SEQUENCE_DIMS.get(name, 1), size, rank)
+        for name, tensor in batch.items()
+    }

@@ -28,7 +28,7 @@ class MicroBatchStream:
             loader: yields dictionaries of [b, s] tensors in the order of consumed samples, the same on all ranks of
                 `cp_group`; of `document_starts` see GPTDataset.
             device: where the tensors go.
-            cp_group: ranks over which each sequence is split; None stands for this process alone.
+            cp_group: ranks over which each sequence is split; default the global context parallel group.
             padding: masked tokens to append to each sequence before the split.
         """
         self._iterator: Iterator[Mapping[str, Any]] = iter(loader)
@@ -64,7 +64,7 @@ def prepare(batch: Mapping[str, Any], cp_group: ProcessGroup | None = None, padd
 
     Args:
         batch: tensors [b, s], document_starts among them where documents are kept apart; the rest is left out.
-        cp_group: ranks over which each sequence is split; None stands for this process alone.
+        cp_group: ranks over which each sequence is split; default the global context parallel group.
         padding: tokens to append to each sequence before the split. They count nothing in the loss, and no real token
             attends to them, because they come last and belong to no document.
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_lite import parallel_state
 from megatron_lite.context_parallel import (
     SequenceLayout,
     get_batch_on_this_cp_rank,
@@ -109,6 +110,23 @@ def test_batch_on_this_rank(cp: int, chunk: int) -> None:
 
 
 @pytest.mark.usefixtures("world")
+def test_batch_is_split_over_the_global_group_unless_told_otherwise() -> None:
+    """As Megatron's users call it: without a group, and with masks that are None.
+
+    Mutations: a missing group taken for one rank, so that each rank silently keeps all tokens; None split too.
+    """
+    group_of(3, 4)
+    parallel_state.initialize_model_parallel(context_parallel_size=4)
+    try:
+        mine = get_batch_on_this_cp_rank({"tokens": torch.arange(16).view(1, 16), "attention_mask": None})
+    finally:
+        parallel_state.destroy_model_parallel()
+    assert mine["tokens"] is not None
+    assert mine["tokens"].tolist() == [[6, 7, 8, 9]]
+    assert mine["attention_mask"] is None
+
+
+@pytest.mark.usefixtures("world")
 def test_labels_shifted_after_the_split_would_be_wrong() -> None:
     """T18: at the end of each early chunk the next token of the rank's row is not the next token of the sequence."""
     mine = get_batch_on_this_cp_rank(batch_of(8, batch=1), group_of(0, 2))
@@ -149,6 +167,13 @@ def test_a_length_that_does_not_fit(length: int, cp: int, remedy: str) -> None:
     assert f"sequence length must be divisible by cp_size * 2 ({2 * cp})" in message
     assert remedy in message
     assert "--pad-to-multiple" in message
+
+
+def test_stretches_of_another_row_are_refused() -> None:
+    """Mutation: without the check, tokens behind the last stretch are lost."""
+    for cp in (1, 3):
+        with pytest.raises(ConfigError, match="stretches end at 6, but dimension 0 has 12 tokens"):
+            split_sequence(torch.arange(12), 0, cp, 0, stretches=(0, 6))
 
 
 def test_each_stretch_must_fit() -> None:
