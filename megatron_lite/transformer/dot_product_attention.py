@@ -90,7 +90,8 @@ class DotProductAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [sq, b, n, d]; packed rows of t tokens [t, 1, n, d] or [t, n, d].
+            query: [sq, b, n, d]; packed rows of t tokens [t, 1, n, d] or [t, n, d]. Under context parallelism sq and t
+                count the tokens of this rank.
             key: [sk, b, g, d] with g dividing n: head i uses group i // (n / g). Packed as the query.
             value: [sk, b, g, d].
             attention_mask: bool, True where attention is forbidden, broadcastable to [b, n, sq, sk]. A causal mask
@@ -103,11 +104,11 @@ class DotProductAttention(MegatronModule):
             [sq, b, n * d]; for [t, n, d] [t, n * d]. A query that may look nowhere gives zeros.
 
         Raises:
-            ConfigError: attention_bias is given, the mask is not boolean or comes with what makes it unusable, or the
-                tokens are not those of packed_seq_params.
+            ConfigError: attention_bias is given, the mask is not boolean or comes with what makes it unusable, shapes
+                do not fit each other, or the tokens are not those of packed_seq_params.
         """
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.is_packed else None
-        self._check_inputs(query, key, attention_mask, attention_bias, packed)
+        self._check_inputs(query, key, value, attention_mask, attention_bias, packed)
         causal = (attn_mask_type or self.attn_mask_type).is_causal
         if self.context.size == 1 and packed is None:
             return self._attend(query, key, value, attention_mask, causal).flatten(2)
@@ -190,7 +191,13 @@ class DotProductAttention(MegatronModule):
             )
 
     def _check_inputs(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, packed: PackedSeqParams | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        packed: PackedSeqParams | None,
     ) -> None:
         if bias is not None:
             raise ConfigError("attention_bias is given, but DotProductAttention supports masks only; pass None.")
@@ -203,11 +210,9 @@ class DotProductAttention(MegatronModule):
                 "attention_mask is given with context parallelism or packed sequences, which keep documents apart "
                 "without a mask; pass packed_seq_params instead."
             )
-        if query.size(0) != key.size(0) and (self.context.size > 1 or packed is not None):
-            raise ConfigError(
-                f"There are {query.size(0)} queries and {key.size(0)} keys, but with context parallelism or packed "
-                "sequences both are of the same tokens; attend without them to keys of another length."
-            )
+        if self.context.size == 1 and packed is None:
+            return  # torch's SDPA checks the rest
+        _check_shapes(query, key, value, packed is not None)
         if packed is not None and packed.layout.stretches[-1] != query.size(0) * self.context.size:
             raise ConfigError(
                 f"packed_seq_params describes {packed.layout.stretches[-1]} tokens, but the query has {query.size(0)} "
@@ -221,6 +226,30 @@ class DotProductAttention(MegatronModule):
         reaches_back = left < 0 or left >= key_length - 1
         reaches_on = causal or right < 0 or right >= key_length - 1
         return reaches_back and reaches_on and (not causal or query_length in (1, key_length))
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+    """What the kernels of blocks take for granted. CPU's would read other memory where it does not hold."""
+    q, k, v = (list(x.shape) for x in (query, key, value))
+    if len(q) != 4 and not (packed and len(q) == 3):
+        raise ConfigError(
+            f"query has the shape {q}, but it must be [s, b, n, d] (packed also [t, n, d], with packed_seq_params)."
+        )
+    if q[0] != k[0]:
+        raise ConfigError(
+            f"There are {q[0]} queries and {k[0]} keys, but with context parallelism or packed sequences both are of "
+            "the same tokens; attend without them to keys of another length."
+        )
+    if k != v or len(k) != len(q) or k[1:-2] != q[1:-2] or k[-1] != q[-1] or k[-2] < 1 or q[-2] % k[-2]:
+        raise ConfigError(
+            f"query, key and value have the shapes {q}, {k} and {v}, but keys and values must have one shape, which "
+            "differs from that of the queries in the number of heads only, and this must divide theirs."
+        )
+    if packed and len(q) == 4 and q[1] != 1:
+        raise ConfigError(
+            f"query has the shape {q} and packed_seq_params is given, but a packed row is [t, 1, n, d] or [t, n, d]; "
+            f"put the {q[1]} sequences behind one another in one row."
+        )
 
 
 def visible_positions(

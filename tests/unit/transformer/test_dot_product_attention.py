@@ -170,6 +170,7 @@ def test_what_is_refused() -> None:
         attention(query, key, value, later().double())
     with pytest.raises(ConfigError, match="attention_bias"):
         attention(query, key, value, attention_bias=later().double())
+    query, key, value = (x[:, :1] for x in (query, key, value))
     other = PackedSeqParams(cu_seqlens_q=torch.tensor([0, query.size(0) + 1]))
     with pytest.raises(ConfigError, match="packed_seq_params describes"):
         attention(query, key, value, packed_seq_params=other)
@@ -178,3 +179,30 @@ def test_what_is_refused() -> None:
         attention(query, key[1:], value[1:], packed_seq_params=fitting)
     with pytest.raises(ConfigError, match="attention_mask is given"):
         attention(query, key, value, later(), packed_seq_params=fitting)
+
+
+@pytest.mark.parametrize("window", [None, (2, 0)])
+def test_packed_shapes_that_are_refused(window: tuple[int, int] | None) -> None:
+    """Mutation: _check_shapes that returns at once; some of these are then computed, wrongly, others fail in a kernel."""
+    rows = [x[:, :1] for x in draw()]
+    query, key, value = rows
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 4, LENGTH]))
+    attention = DotProductAttention(config(window_size=window), 1)
+    attention(*rows, packed_seq_params=packed)
+    attention(*(x.squeeze(1) for x in rows), packed_seq_params=packed)
+    attention(query, key[:, :, :2], value[:, :, :2], packed_seq_params=packed)
+    refused = {
+        "must divide theirs": [
+            (query, key[:, :, :3], value[:, :, :3]),
+            (query, key[:, :, :2], value[:, :, :1]),
+            (query, key, value[1:]),
+            (query, key[..., :4], value[..., :4]),
+            (query, key.squeeze(1), value.squeeze(1)),
+        ],
+        "a packed row is": [draw()],
+        r"it must be \[s, b, n, d\]": [tuple(x.flatten(1) for x in rows)],
+    }
+    for message, cases in refused.items():
+        for case in cases:
+            with pytest.raises(ConfigError, match=message):
+                attention(*case, packed_seq_params=packed)
