@@ -183,7 +183,7 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize("window", [None, (2, 0)])
 def test_packed_shapes_that_are_refused(window: tuple[int, int] | None) -> None:
-    """Mutation: _check_shapes that returns at once; some of these are then computed, wrongly, others fail in a kernel."""
+    """Mutation: _check_shapes that returns at once; some are then computed wrongly, others fail in a kernel."""
     rows = [x[:, :1] for x in draw()]
     query, key, value = rows
     packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 4, LENGTH]))
