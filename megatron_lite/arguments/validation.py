@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_lite.arguments.moe_rules import experts_between_groups
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
@@ -9,7 +10,6 @@ from megatron_lite.transformer.transformer_config import divisors, nearest_multi
 
 NOT_YET = {
     "pipeline_model_parallel_size": "pipeline parallelism comes in a later version",
-    "expert_model_parallel_size": "expert parallelism comes in a later version",
 }
 
 
@@ -17,7 +17,11 @@ def all_violations(run: RunConfig) -> list[str]:
     """Every rule the run breaks, inside and between its groups, one sentence each."""
     found = run.violations()
     # Later rules compute with the sizes, so sizes that make no sense are reported alone.
-    rules = (_required,) if _sizes_are_broken(run) else (_required, _layout, _sequence, _batch, _duration, _features)
+    rules = (
+        (_required,)
+        if _sizes_are_broken(run)
+        else (_required, _layout, _sequence, _batch, _duration, _features, experts_between_groups)
+    )
     for rule in rules:
         found += rule(run)
     return list(dict.fromkeys(found))

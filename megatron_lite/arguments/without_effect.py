@@ -1,8 +1,10 @@
 """Flags that mean something only together with others: given alone they are accepted, and said to do nothing."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from megatron_lite.arguments.run_config import RunConfig
+from megatron_lite.transformer.moe.moe_config import MoEConfig
 
 # What must hold, in words and as a question -> the fields that are read only then.
 CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...] = (
@@ -34,6 +36,35 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
         "an MLP of plain gelu",
         lambda run: not (run.transformer.gated_linear_unit or run.transformer.squared_relu),
         ("openai_gelu", "bias_gelu_fusion"),
+    ),
+    (
+        "--num-experts",
+        lambda run: run.transformer.num_moe_experts is not None,
+        tuple(
+            field.name
+            for field in dataclasses.fields(MoEConfig)
+            if field.name.startswith("moe_") or field.name == "expert_tensor_parallel_size"
+        ),
+    ),
+    (
+        "--moe-router-enable-expert-bias",
+        lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_router_enable_expert_bias,
+        ("moe_router_bias_update_rate",),
+    ),
+    (
+        "--moe-expert-capacity-factor",
+        lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_expert_capacity_factor is not None,
+        ("moe_token_drop_policy",),
+    ),
+    (
+        "--moe-token-dispatcher-type flex",
+        lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_token_dispatcher_type == "flex",
+        ("moe_flex_dispatcher_backend",),
+    ),
+    (
+        "--moe-use-upcycling",
+        lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_use_upcycling,
+        ("moe_upcycling_granularity",),
     ),
     (
         "--recompute-granularity selective",

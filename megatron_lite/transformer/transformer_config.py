@@ -15,7 +15,8 @@ from megatron_lite.transformer.activations import quick_gelu, squared_relu
 from megatron_lite.transformer.attention_choices import context_parallel_violations
 from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
 from megatron_lite.transformer.attention_choices import uses_window as uses_window
-from megatron_lite.transformer.moe.moe_config import MoEConfig
+from megatron_lite.transformer.moe.moe_config import MoEConfig, is_moe_layer
+from megatron_lite.transformer.moe.moe_rules import layer_frequency_violations
 
 
 @dataclass
@@ -188,6 +189,11 @@ class TransformerConfig(MoEConfig):
         layers = range(1, self.num_layers + 1)
         return self.context_parallel_size > 1 and any(cp_comm_type_of(self, n) == "a2a+p2p" for n in layers)
 
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that have experts."""
+        return sum(is_moe_layer(self, number) for number in range(1, self.num_layers + 1))
+
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""
         found = super().violations()
@@ -232,6 +238,7 @@ class TransformerConfig(MoEConfig):
         for name in ("layernorm_epsilon", "init_method_std", "embedding_init_method_std"):
             if (getattr(self, name) or 0.0) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
+        found += layer_frequency_violations(self, self.num_layers)
         return (
             found + self._window_violations() + self._recompute_violations() + list(context_parallel_violations(self))
         )
@@ -252,8 +259,18 @@ class TransformerConfig(MoEConfig):
 
     def _recompute_violations(self) -> list[str]:
         found = []
+        experts = [name for name in ("moe", "moe_act") if name in (self.recompute_modules or [])]
+        if len(experts) == 2:
+            found.append("recompute_modules names moe and moe_act, but moe_act is a part of moe: keep one of them.")
+        if self.moe_layer_recompute and self.recompute_granularity == "full":
+            found.append(
+                "moe_layer_recompute is set with recompute_granularity full, which recomputes whole layers already: "
+                "leave out one of them."
+            )
         if self.recompute_granularity == "selective" and not self.recompute_modules:
-            found.append("recompute_modules names nothing to recompute: write core_attn, mlp, layernorm, moe or moe_act.")
+            found.append(
+                "recompute_modules names nothing to recompute: write core_attn, mlp, layernorm, moe or moe_act."
+            )
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:
                 found.append(

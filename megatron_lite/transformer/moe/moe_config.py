@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_lite.config_field import knob
 from megatron_lite.model_parallel_config import ModelParallelConfig
+from megatron_lite.transformer.moe.moe_rules import moe_violations
 
 LOAD_BALANCING_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
 
@@ -90,6 +91,23 @@ class MoEConfig(ModelParallelConfig):
                 setattr(self, name, given[0])
         if self.moe_enable_deepep:
             self.moe_token_dispatcher_type = "flex"
+
+    @property
+    def balance_types(self) -> list[str]:
+        """moe_router_load_balancing_type as a list."""
+        types = self.moe_router_load_balancing_type
+        return types if isinstance(types, list) else [types]
+
+    @property
+    def balance_coefficients(self) -> dict[str, float]:
+        """Balance loss -> its coefficient; types whose coefficient is 0 do nothing and are left out."""
+        given = self.moe_aux_loss_coeff
+        coefficients = given if isinstance(given, list) else [given] * len(self.balance_types)
+        return {kind: value for kind, value in zip(self.balance_types, coefficients, strict=False) if value}
+
+    def violations(self) -> list[str]:
+        """Every rule these settings break, one sentence each."""
+        return super().violations() + list(moe_violations(self))
 
 
 def is_moe_layer(config: MoEConfig, layer_number: int) -> bool:

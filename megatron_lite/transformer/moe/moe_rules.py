@@ -1,0 +1,206 @@
+"""The rules between the knobs of a mixture of experts: one full sentence for each that is broken."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_lite.model_parallel_config import divisors, nearest_multiples
+
+if TYPE_CHECKING:
+    from megatron_lite.transformer.moe.moe_config import MoEConfig
+
+
+def moe_violations(config: "MoEConfig") -> Iterator[str]:
+    """Every rule that the experts, the router, the balance and the dispatch break.
+
+    Without experts nothing but expert parallelism is judged; the other flags are then said to be without effect.
+    """
+    if config.num_moe_experts is None:
+        if config.expert_model_parallel_size > 1:
+            yield (
+                f"expert_model_parallel_size is {config.expert_model_parallel_size}, but there are no experts to "
+                "distribute: write --num-experts N, or leave it out."
+            )
+        return
+    if config.num_moe_experts < 1:
+        yield f"num_moe_experts is {config.num_moe_experts}, but must be at least 1: leave it out for a dense model."
+        return
+    yield from _not_negative(config)
+    yield from _experts(config, config.num_moe_experts)
+    yield from _router(config, config.num_moe_experts)
+    yield from _groups_of_experts(config, config.num_moe_experts)
+    yield from _balance(config)
+    yield from _dispatch(config)
+    yield from _upcycling(config, config.num_moe_experts)
+
+
+def layer_frequency_violations(config: "MoEConfig", num_layers: int) -> Iterator[str]:
+    """What moe_layer_freq breaks, given how many layers there are."""
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None or num_layers < 1:
+        return
+    if isinstance(frequency, int):
+        if frequency < 1:
+            yield f"moe_layer_freq is {frequency}, but it must be at least 1: 1 gives experts to every layer."
+        return
+    if len(frequency) != num_layers or not set(frequency) <= {0, 1}:
+        yield (
+            f"moe_layer_freq is {frequency}, but it must have a 0 (dense) or 1 (experts) for each of the {num_layers} "
+            f"layers: write for example ([0]*1+[1]*{num_layers - 1})."
+        )
+    elif not any(frequency):
+        yield f"moe_layer_freq is {frequency}, but no layer has experts then: leave out --num-experts, or write a 1."
+
+
+def _not_negative(config: "MoEConfig") -> Iterator[str]:
+    for name in ("moe_z_loss_coeff", "moe_input_jitter_eps", "moe_router_bias_update_rate", "moe_aux_loss_coeff"):
+        value = getattr(config, name)
+        if min(value if isinstance(value, list) else [value or 0.0], default=0.0) < 0.0:
+            yield f"{name} is {value}, but it must not be negative: write 0 or more."
+    for name in (
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_expert_capacity_factor",
+        "moe_router_topk_scaling_factor",
+    ):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            yield f"{name} is {value}, but it must be positive: leave it out for the default."
+
+
+def _experts(config: "MoEConfig", experts: int) -> Iterator[str]:
+    ep, etp = max(config.expert_model_parallel_size, 1), max(config.expert_tensor_parallel_size or 1, 1)
+    if experts % ep:
+        yield (
+            f"num_moe_experts is {experts}, but it must be a multiple of expert_model_parallel_size ({ep}); use "
+            f"{nearest_multiples(experts, ep)} experts, or an expert parallel size among {divisors(experts)}."
+        )
+    width = config.moe_ffn_hidden_size
+    if width and width % etp:
+        yield (
+            f"moe_ffn_hidden_size is {width}, but it must be a multiple of expert_tensor_parallel_size ({etp}); use "
+            f"{nearest_multiples(width, etp)}, or --expert-tensor-parallel-size 1."
+        )
+    shared, tp = config.moe_shared_expert_intermediate_size, max(config.tensor_model_parallel_size, 1)
+    if shared and shared % tp:
+        yield (
+            f"moe_shared_expert_intermediate_size is {shared}, but it must be a multiple of "
+            f"tensor_model_parallel_size ({tp}), over which shared experts are split; use "
+            f"{nearest_multiples(shared, tp)}."
+        )
+    for name in ("moe_shared_expert_gate", "moe_shared_expert_overlap"):
+        if getattr(config, name) and shared is None:
+            yield (
+                f"{name} is set, but there is no shared expert: write --moe-shared-expert-intermediate-size N, or "
+                "leave it out."
+            )
+
+
+def _router(config: "MoEConfig", experts: int) -> Iterator[str]:
+    k, score, types = config.moe_router_topk, config.moe_router_score_function, config.balance_types
+    if not 1 <= k <= experts:
+        yield (
+            f"moe_router_topk is {k}, but each token goes to at least 1 and at most num_moe_experts ({experts}) "
+            f"experts: write --moe-router-topk {min(max(k, 1), experts)}."
+        )
+    if k == 1 and score == "softmax" and not config.moe_router_pre_softmax and "sinkhorn" not in types:
+        yield (
+            "moe_router_topk is 1 and the softmax is over the chosen experts, so the score would always be 1 and the "
+            "router would learn nothing: add --moe-router-pre-softmax, or --moe-router-score-function sigmoid."
+        )
+    if config.moe_router_enable_expert_bias and score == "softmax":
+        yield (
+            "moe_router_enable_expert_bias is set with moe_router_score_function softmax, but the bias is added to "
+            "scores that do not compete: write --moe-router-score-function sigmoid or sqrtsoftplus."
+        )
+    if config.moe_router_pre_softmax and score != "softmax":
+        yield (
+            f"moe_router_pre_softmax is set with moe_router_score_function {score}, but only a softmax can stand "
+            "before or behind the choice: leave one of them out."
+        )
+
+
+def _groups_of_experts(config: "MoEConfig", experts: int) -> Iterator[str]:
+    groups, chosen, k = config.moe_router_num_groups, config.moe_router_group_topk, config.moe_router_topk
+    if groups is None and chosen is None:
+        return
+    if groups is None or chosen is None:
+        name, other = ("num_groups", "group-topk") if chosen is None else ("group_topk", "num-groups")
+        yield f"moe_router_{name} is set, but groups of experts need both: write --moe-router-{other} N too."
+        return
+    if groups < 1 or experts % groups:
+        yield (
+            f"moe_router_num_groups is {groups}, but it must divide num_moe_experts ({experts}): use one of "
+            f"{divisors(experts)}."
+        )
+    elif not 1 <= chosen <= groups:
+        yield f"moe_router_group_topk is {chosen}, but a token uses between 1 and all {groups} groups."
+    elif k % chosen or k // chosen > experts // groups:
+        yield (
+            f"moe_router_topk is {k}, but it must be a multiple of moe_router_group_topk ({chosen}), and a group of "
+            f"{experts // groups} experts must hold its part: write for example --moe-router-topk {chosen}."
+        )
+
+
+def _balance(config: "MoEConfig") -> Iterator[str]:
+    types, coefficients = config.balance_types, config.moe_aux_loss_coeff
+    given = coefficients if isinstance(coefficients, list) else [coefficients]
+    if len(given) != len(types):
+        yield (
+            f"moe_aux_loss_coeff has {len(given)} values, but moe_router_load_balancing_type has {len(types)}: write "
+            "one coefficient for each type."
+        )
+    if len(set(types)) != len(types):
+        yield f"moe_router_load_balancing_type is {types}, but a type counts once: leave out the repeated one."
+    alone = [one for one in ("none", "sinkhorn") if one in types]
+    if alone and len(types) > 1:
+        yield f"moe_router_load_balancing_type is {types}, but {alone[0]} cannot be combined: keep it alone, or not."
+    if "sinkhorn" in types:
+        yield from _sinkhorn(config, given)
+
+
+def _sinkhorn(config: "MoEConfig", coefficients: list[float]) -> Iterator[str]:
+    """Sinkhorn chooses the experts itself, from the logits of all tokens together."""
+    others = {
+        "moe_aux_loss_coeff": any(coefficients),
+        "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
+        "moe_router_num_groups": config.moe_router_num_groups is not None,
+        "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
+        "moe_router_pre_softmax": config.moe_router_pre_softmax,
+        "moe_router_score_function": config.moe_router_score_function != "softmax",
+    }
+    for name, is_set in others.items():
+        if is_set:
+            yield (
+                f"{name} is {getattr(config, name)} with moe_router_load_balancing_type sinkhorn, which chooses "
+                "the experts itself: leave it out, or write --moe-router-load-balancing-type aux_loss."
+            )
+
+
+def _dispatch(config: "MoEConfig") -> Iterator[str]:
+    kind = config.moe_token_dispatcher_type
+    if config.moe_pad_expert_input_to_capacity and config.moe_expert_capacity_factor is None:
+        yield (
+            "moe_pad_expert_input_to_capacity is set, but experts have no capacity: write "
+            "--moe-expert-capacity-factor 1.0 or more, or leave it out."
+        )
+    if config.moe_pad_expert_input_to_capacity and kind == "flex":
+        yield (
+            "moe_pad_expert_input_to_capacity is set with moe_token_dispatcher_type flex, which sends what there is: "
+            "write --moe-token-dispatcher-type alltoall, or leave it out."
+        )
+    if config.moe_shared_expert_overlap and kind == "allgather":
+        yield (
+            "moe_shared_expert_overlap is set with moe_token_dispatcher_type allgather, but only alltoall and flex "
+            "leave time to overlap: write --moe-token-dispatcher-type alltoall, or leave it out."
+        )
+
+
+def _upcycling(config: "MoEConfig", experts: int) -> Iterator[str]:
+    parts = config.moe_upcycling_granularity
+    if not config.moe_use_upcycling:
+        return
+    if parts < 1 or experts % parts:
+        yield (
+            f"moe_upcycling_granularity is {parts}, but it must divide num_moe_experts ({experts}), since each dense "
+            f"MLP becomes so many experts: use one of {divisors(experts)}."
+        )
