@@ -10,6 +10,8 @@ from megatron_lite.tensor_parallel.random import checkpoint, get_cuda_rng_tracke
 from megatron_lite.transformer.attention import SelfAttention
 from megatron_lite.transformer.mlp import MLP
 from megatron_lite.transformer.module import MegatronModule
+from megatron_lite.transformer.moe.moe_config import is_moe_layer
+from megatron_lite.transformer.moe.moe_layer import MoELayer
 from megatron_lite.transformer.norms import build_norm
 from megatron_lite.transformer.rope import RotaryTables
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -31,6 +33,9 @@ def hidden_dropout(x: Tensor, probability: float, training: bool, sequence_paral
 
 class TransformerLayer(MegatronModule):
     """x + attention(norm(x)), then x + mlp(norm(x)); [s, b, h] -> [s, b, h].
+
+    The mlp is an MLP, or an MoELayer where config.moe_layer_freq gives the layer experts. Recomputing "mlp" means
+    that of dense layers, "moe" the whole MoE layer, router and communication included.
 
     Args:
         config: shape and numerics.
@@ -54,14 +59,17 @@ class TransformerLayer(MegatronModule):
         self.layer_number = layer_number
         self.hidden_dropout = config.hidden_dropout if hidden_dropout is None else hidden_dropout
         recomputed = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
-        self.recompute_mlp = "mlp" in recomputed
+        has_experts = is_moe_layer(config, layer_number)
+        self.recompute_mlp = ("moe" if has_experts else "mlp") in recomputed
         self.recompute_layernorm = "layernorm" in recomputed
         self.input_layernorm = build_norm(config, config.hidden_size)
         self.self_attention = SelfAttention(
             config, layer_number, rotary_interleaved=rotary_interleaved, pg_collection=pg_collection
         )
         self.pre_mlp_layernorm = build_norm(config, config.hidden_size)
-        self.mlp = MLP(config, pg_collection=pg_collection)
+        self.mlp: MLP | MoELayer = (
+            MoELayer(config, layer_number, pg_collection) if has_experts else MLP(config, pg_collection=pg_collection)
+        )
 
     def forward(
         self,
