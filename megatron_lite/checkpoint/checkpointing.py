@@ -205,9 +205,14 @@ def load_weights(folder: str | Path, model_chunks: nn.Module | Sequence[nn.Modul
 
 
 def _warn_of_drift(chunks: list[nn.Module]) -> None:
-    replicas = parallel_state.get_dense_mesh()["dp_replicate"].get_group()
     try:
-        verify_replicas(chunks, parallel_state.get_tensor_model_parallel_group(), replicas)
+        verify_replicas(
+            chunks,
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
+        )
     except CheckpointError as error:
         _print_rank_0(
             f"WARNING: {error}\nThe checkpoint holds the copy of the first rank; resuming from it ends the drift."

@@ -22,22 +22,31 @@ def verify_replicas(
     model_chunks: nn.Module | Sequence[nn.Module],
     tp_group: dist.ProcessGroup | None = None,
     replicate_group: dist.ProcessGroup | None = None,
+    etp_group: dist.ProcessGroup | None = None,
+    expert_replicate_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Check that parameters which every tensor parallel rank, or every replica of the model, holds are bit-equal.
+
+    Routed experts differ over the tensor parallel ranks and have replicas elsewhere, so they have groups of their own.
 
     Collective: one all-reduce (MAX) of a few bytes per parameter over each group, and one flag over the world.
 
     Args:
         tp_group: ranks that share the parameters which are not split over tensor parallel ranks.
         replicate_group: ranks that hold whole replicas of this rank's shards (the dimension dp_replicate).
+        etp_group: ranks that share the experts' parameters which are not split over expert tensor parallel ranks.
+        expert_replicate_group: ranks that hold whole replicas of this rank's experts (the dimension edp_replicate).
 
     Raises:
         CheckpointError: on every rank, with the names that differ and the ranks that noticed.
     """
-    tensors = model_tensors(model_chunks)
-    over_tp = {name: tensor for name, tensor in tensors.items() if not _is_split(tensor, "tp")}
-    differing = _differing(over_tp, tp_group, "tensor parallel ranks")
-    differing += _differing(tensors, replicate_group, "replicas of the model")
+    tensors, of_experts = model_tensors(model_chunks), _expert_names(model_chunks)
+    dense = {name: tensor for name, tensor in tensors.items() if name not in of_experts}
+    experts = {name: tensor for name, tensor in tensors.items() if name in of_experts}
+    differing = _differing(_not_split(dense, "tp"), tp_group, "tensor parallel ranks")
+    differing += _differing(dense, replicate_group, "replicas of the model")
+    differing += _differing(_not_split(experts, "etp"), etp_group, "expert tensor parallel ranks")
+    differing += _differing(experts, expert_replicate_group, "replicas of the experts")
 
     def complain() -> None:
         if differing:
@@ -69,6 +78,22 @@ def _differing(tensors: dict[str, Tensor], group: dist.ProcessGroup | None, whos
         f"the {whose} should hold equal copies of {shown}, but they differ. A gradient was not reduced, or a rank "
         "has computed something else; the last checkpoint is from before this."
     ]
+
+
+def _expert_names(model_chunks: nn.Module | Sequence[nn.Module]) -> set[str]:
+    """The names in `model_tensors` that are declared to be of routed experts; undeclared parameters are dense."""
+    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    names = set()
+    for chunk in chunks:
+        for prefix, module in chunk.named_modules():
+            for name, spec in getattr(module, "parameter_specs", {}).items():
+                if spec.is_expert:
+                    names.add(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _not_split(tensors: dict[str, Tensor], dimension: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not _is_split(tensor, dimension)}
 
 
 def _is_split(tensor: Tensor, dimension: str) -> bool:
