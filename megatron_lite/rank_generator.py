@@ -101,6 +101,7 @@ class ParallelLayout:
     dense: RankGenerator
     expert: RankGenerator
     num_distributed_optimizer_instances: int = 1
+    num_expert_instances: int = 1
 
     @classmethod
     def from_sizes(
@@ -140,11 +141,13 @@ class ParallelLayout:
         dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
         expert = RankGenerator(tp=etp, ep=ep, dp=edp, pp=pp, cp=1, order=order)
         instances = num_distributed_optimizer_instances
-        for what, size in {"data x context": dp * cp, "expert data": edp}.items():
-            if size % instances:
+        # As many instances as ranks: nothing is split, so neither are the experts, whatever their number of ranks.
+        expert_instances = edp if instances == dp * cp else instances
+        for what, size, count in (("data x context", dp * cp, instances), ("expert data", edp, expert_instances)):
+            if size % count:
                 found.append(
-                    f"num_distributed_optimizer_instances is {instances}, but must divide the {what} parallel "
-                    f"size ({size}); use {_divisor_near(size, instances)}."
+                    f"num_distributed_optimizer_instances is {count}, but must divide the {what} parallel "
+                    f"size ({size}); use {_divisor_near(size, count)}."
                 )
         if dense.get_ranks("pp") != expert.get_ranks("pp"):
             found.append(
@@ -154,7 +157,7 @@ class ParallelLayout:
             )
         if found:
             raise ParallelLayoutError.from_violations(found)
-        return cls(dense, expert, instances)
+        return cls(dense, expert, instances, expert_instances)
 
     def groups(self) -> dict[str, RankLists]:
         """Every kind of group by its name in ProcessGroupCollection, in the order they are created."""
@@ -179,21 +182,21 @@ class ParallelLayout:
             "expt_dp": expert("dp"),
             "intra_expt_dp": _along(expert_mesh, 2),
             "inter_dist_opt": _along(expert_mesh, 1),
-            "intra_dist_opt": np.sort(np.moveaxis(expert_mesh, 1, 0).reshape(expert_mesh.shape[1], -1)).tolist(),
+            "intra_dist_opt": np.sort(np.moveaxis(dense_mesh, 1, 0).reshape(dense_mesh.shape[1], -1)).tolist(),
         }
 
     def dense_mesh(self) -> npt.NDArray[np.int64]:
         """Ranks as [pp, dp_replicate, dp_shard, tp]; dp_replicate * dp_shard = dp * cp, the shards being neighbours."""
-        return self._with_replicas(self.dense.spread("pp", "dp-cp", "tp"))
+        return _with_replicas(self.dense.spread("pp", "dp-cp", "tp"), self.num_distributed_optimizer_instances)
 
     def expert_mesh(self) -> npt.NDArray[np.int64]:
         """Ranks as [pp, edp_replicate, edp_shard, ep, etp]."""
-        return self._with_replicas(self.expert.spread("pp", "dp", "ep", "tp"))
+        return _with_replicas(self.expert.spread("pp", "dp", "ep", "tp"), self.num_expert_instances)
 
-    def _with_replicas(self, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        stages, copies, *rest = ranks.shape
-        replicas = self.num_distributed_optimizer_instances
-        return ranks.reshape(stages, replicas, copies // replicas, *rest)
+
+def _with_replicas(ranks: npt.NDArray[np.int64], replicas: int) -> npt.NDArray[np.int64]:
+    stages, copies, *rest = ranks.shape
+    return ranks.reshape(stages, replicas, copies // replicas, *rest)
 
 
 def _along(mesh: npt.NDArray[np.int64], axis: int) -> RankLists:

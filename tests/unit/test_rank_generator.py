@@ -203,3 +203,11 @@ def test_a_rank_is_the_sum_of_its_coordinates_times_strides(tp: int, cp: int, dp
         size = generator.name_to_size[name]
         assert generator.get_ranks(name)[0] == list(range(0, stride * size, stride))
         stride *= size
+
+
+def test_experts_are_not_split_where_dense_parameters_are_not():
+    """As many instances as data parallel ranks (no_shard) fit every number of expert data parallel ranks."""
+    for ep, replicas in ((1, 4), (2, 2), (4, 1)):
+        layout = ParallelLayout.from_sizes(4, ep=ep, num_distributed_optimizer_instances=4)
+        assert layout.dense_mesh().shape == (1, 4, 1, 1)
+        assert layout.expert_mesh().shape == (1, replicas, 1, ep, 1)
