@@ -21,27 +21,30 @@ from megatron_lite.tensor_parallel.mappings import all_to_all
 
 
 class _Reorder(torch.autograd.Function):
-    """Forward: rows in the order `index`. Backward: the inverse, also as a lookup."""
+    """Forward: rows in the order `index`. Backward: in the order `inverse`, also as a lookup."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index.argsort())
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
         return rows[index]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad[inverse], None
+        return grad[inverse], None, None
 
 
 @functools.lru_cache(maxsize=16)
 def order_of_group(stretches: tuple[int, ...], cp_size: int, ranks: range, device: torch.device) -> Tensor:
     """Where the rows of several ranks, put behind one another, have to go to stand in the order of the sequence.
 
-    int64 [rows]: row i of the ordered tensor is row order[i] of the concatenation. Neighbouring ranks that divide cp
-    evenly hold together just what one rank of a coarser split would.
+    int64 [2, rows]: row i of the ordered tensor is row order[0, i] of the concatenation, and order[1] is the inverse.
+    Neighbouring ranks that divide cp evenly hold together just what one rank of a coarser split would. All layers share
+    one tensor, also where they keep it for backward.
     """
-    return torch.cat([zigzag_positions(stretches, cp_size, rank) for rank in ranks]).argsort().to(device)
+    with torch.inference_mode(False):  # training may come later, and want to keep what an evaluation found
+        order = torch.cat([zigzag_positions(stretches, cp_size, rank) for rank in ranks]).argsort()
+        return torch.stack((order, order.argsort())).to(device)
 
 
 def scatter_heads(
@@ -67,7 +70,8 @@ def scatter_heads(
     # What rank i gets lies together: its heads of all three tensors, in one exchange.
     parts = torch.cat([x.unflatten(2, (size, -1)) for x in (query, key, value)], dim=3)
     rows = all_to_all(group, parts.movedim(2, 0).flatten(0, 1).contiguous())
-    query, key, value = _Reorder.apply(rows, order).split([x.size(2) // size for x in (query, key, value)], dim=2)
+    heads = [x.size(2) // size for x in (query, key, value)]
+    query, key, value = _Reorder.apply(rows, order[0], order[1]).split(heads, dim=2)
     return query, key, value
 
 
@@ -75,7 +79,7 @@ def gather_heads(out: Tensor, order: Tensor | None, group: ProcessGroup | None) 
     """The inverse of scatter_heads for the output: [s * size, b, n / size, d] -> [s, b, n, d]."""
     if order is None:
         return out
-    rows: Tensor = all_to_all(group, _Reorder.apply(out, order.argsort()))
+    rows: Tensor = all_to_all(group, _Reorder.apply(out, order[1], order[0]))
     return rows.unflatten(0, (group_size(group), -1)).movedim(0, 2).flatten(2, 3)
 
 

@@ -22,6 +22,7 @@ from megatron_lite.context_parallel import (
     split_sequence,
     unsplit_sequence,
 )
+from megatron_lite.context_parallel.ulysses import order_of_group
 from megatron_lite.tensor_parallel import collectives
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
@@ -244,6 +245,31 @@ def foreign_blocks_held(rank: int, world_size: int, case: Case) -> int:
 def test_ring_holds_two_foreign_blocks(pool):
     """The one in use and the one that arrives. Mutation: keep each received block in a list."""
     assert pool.run(foreign_blocks_held, Case(4, "p2p"), world_size=4) == [2] * 4
+
+
+def orders_kept(rank: int, world_size: int) -> int:
+    """How many tensors two all-to-all layers keep for backward to reorder their rows, after an evaluation."""
+    attention, mine, _ = attention_of_rank(rank, Case(2, "a2a"), torch.float64)
+    order_of_group.cache_clear()
+    with torch.inference_mode():
+        attention(*mine)
+    kept: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.int64:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = [attention(*mine) for _ in range(2)]
+    sum(outputs).sum().backward()
+    return len(kept)
+
+
+def test_layers_share_the_order_of_rows(pool):
+    """Mutations: sort anew in _Reorder; order_of_group without its inference_mode(False), whose result an evaluation
+    then makes unfit for training."""
+    assert pool.run(orders_kept, world_size=2) == [1, 1]
 
 
 def dropped(rank: int, world_size: int) -> list[list[bool]]:
