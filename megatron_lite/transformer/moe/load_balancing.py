@@ -17,22 +17,14 @@ from megatron_lite.transformer.moe.moe_config import MoEConfig
 BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
-def balance_types(config: MoEConfig) -> list[str]:
-    """config.moe_router_load_balancing_type as a list."""
-    types = config.moe_router_load_balancing_type
-    return [types] if isinstance(types, str) else list(types)
-
-
 def balance_coefficients(config: MoEConfig) -> dict[str, float]:
     """The coefficient of each balance loss that has one other than zero.
 
     Raises:
         ConfigError: not as many coefficients as types.
     """
-    types, given = balance_types(config), config.moe_aux_loss_coeff
-    coefficients = [float(given)] if isinstance(given, int | float) else [float(one) for one in given]
-    if len(coefficients) == 1 and sum(kind in BALANCE_LOSSES for kind in types) <= 1:
-        coefficients *= len(types)
+    types, given = config.balance_types, config.moe_aux_loss_coeff
+    coefficients = given if isinstance(given, list) else [given]
     if len(coefficients) != len(types):
         raise ConfigError(
             f"moe_aux_loss_coeff is {given}, but moe_router_load_balancing_type has {len(types)} types "

@@ -73,7 +73,7 @@ class TopKRouter(MegatronModule):
         self.num_experts = experts
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(("tp", "tp_cp", "tp_dp_cp"))
         self.ranks_per_batch = group_size(self.groups.tp_cp)
-        self.sinkhorn = "sinkhorn" in load_balancing.balance_types(config)
+        self.sinkhorn = "sinkhorn" in config.balance_types
         # Of every loss that is on, z_loss included.
         self.coefficients = load_balancing.balance_coefficients(config)
         if config.moe_z_loss_coeff:
@@ -277,11 +277,10 @@ class TopKRouter(MegatronModule):
         entropy = torch.special.entr(scores).sum()
         statistics.record(self, counts, entropy, losses)
 
-    @torch.no_grad()
     def record_dropped(self, pairs: Tensor) -> None:
         """Count token-expert pairs that were dropped for lack of capacity: 0-dim, those of this rank's tokens."""
         if statistics.records(self):
-            self.sums[statistics.SUMS.index("dropped")] += pairs
+            self.sums[statistics.SUMS.index("dropped")] += pairs.detach()
 
     def compute_aux_loss(self, scores: Tensor, indices: Tensor) -> Tensor:
         """The balance loss of what `forward` returned, without a coefficient: 1 when experts are chosen alike.

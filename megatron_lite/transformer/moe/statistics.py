@@ -53,7 +53,7 @@ def record(router: "TopKRouter", counts: Tensor, entropy: Tensor, losses: dict[s
     router.tokens_per_expert += counts
     if router.step_tokens_per_expert is not None:
         router.step_tokens_per_expert += counts
-    tokens = counts.sum() / router.topk
+    tokens = counts.sum().to(torch.float64) / router.topk
     fixed = {"entropy": entropy, "tokens": tokens, "micro_batches": tokens.new_full((), 1 / router.ranks_per_batch)}
     zero = tokens.new_zeros(())
     values = [(losses | fixed).get(name, zero).detach().to(torch.float64) for name in SUMS]
