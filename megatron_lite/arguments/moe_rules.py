@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_lite.arguments.run_config import RunConfig
+from megatron_lite.model_parallel_config import nearest_multiples
 
 
 def experts_between_groups(run: RunConfig) -> Iterator[str]:
@@ -40,11 +41,11 @@ def _tokens_of_a_rank(run: RunConfig) -> Iterator[str]:
     tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
     if tp == 1 or config.sequence_parallel or length < 1:
         return
-    tokens = (run.training.micro_batch_size or 1) * run.padded_sequence_length // cp
-    if tokens % tp:
+    own = run.padded_sequence_length // cp
+    if own % tp:
         yield (
-            f"micro_batch_size x seq_length / context_parallel_size makes {tokens} tokens, but layers of experts split "
-            f"them over tensor_model_parallel_size ({tp}) ranks: choose sizes that divide."
+            f"seq_length is {length}, {own} tokens a context parallel rank, but layers of experts split these over "
+            f"tensor_model_parallel_size ({tp}) ranks: write --seq-length {nearest_multiples(length, cp * tp)}."
         )
 
 

@@ -111,12 +111,19 @@ def announce(config: RunConfig, device: torch.device) -> None:
     context = ""
     if sizes.context_parallel_size > 1:
         context = f" x context {sizes.context_parallel_size} ({describe_communication(sizes)})"
+    experts = ""
+    if sizes.num_moe_experts is not None:
+        experts = (
+            f"; {sizes.num_moe_experts} experts in {sizes.num_moe_layers} layers: expert parallel "
+            f"{sizes.expert_model_parallel_size} x expert tensor {sizes.expert_tensor_parallel_size} "
+            f"({sizes.moe_token_dispatcher_type})"
+        )
     dtype = str(sizes.params_dtype).removeprefix("torch.")
     print_rank_0(
         f"megatron_lite on {config.world_size} ranks ({where}), {dtype}: tensor {sizes.tensor_model_parallel_size}"
         f"{' with sequence' if sizes.sequence_parallel else ''}{context} x data {config.data_parallel_size} "
-        f"({config.ddp.data_parallel_sharding_strategy}); global batch {config.global_batch_size} sequences of "
-        f"{config.data.seq_length} tokens"
+        f"({config.ddp.data_parallel_sharding_strategy}){experts}; global batch {config.global_batch_size} sequences "
+        f"of {config.data.seq_length} tokens"
     )
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
     print_rank_0(

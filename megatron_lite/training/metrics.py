@@ -21,6 +21,7 @@ class IterationRecord:
         elapsed_ms: wall time of the iteration in milliseconds.
         tokens: tokens in its global batch.
         values: named results: lm_loss, grad_norm, learning_rate, loss_scale, skipped, nan, ...
+        experts: statistics of the experts over the log interval that this iteration ends; empty otherwise.
     """
 
     iteration: int
@@ -29,6 +30,7 @@ class IterationRecord:
     elapsed_ms: float
     tokens: int
     values: dict[str, float]
+    experts: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """One flat dictionary, at full precision."""
@@ -37,6 +39,7 @@ class IterationRecord:
             "consumed_samples": self.consumed_samples,
             "global_batch_size": self.global_batch_size,
             **self.values,
+            **self.experts,
             "elapsed_ms": self.elapsed_ms,
             "tokens_per_second": self.tokens / self.elapsed_ms * 1000.0,
         }

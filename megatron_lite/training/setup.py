@@ -15,6 +15,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.flops import num_floating_point_operations
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler, get_optimizer_param_scheduler
 from megatron_lite.tensor_parallel.parameters import initialize_parameters
@@ -28,6 +29,7 @@ from megatron_lite.training.progress import Progress
 from megatron_lite.training.throughput import Throughput, peak_tflops
 from megatron_lite.training.train import Run
 from megatron_lite.training.writers import Writers
+from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 
@@ -56,10 +58,17 @@ def build_model(
     """
     model = build_gpt(transformer, gpt, vocab_size, max_sequence_length)
     if compile_layers:
-        for layer in model.decoder.layers.values():
-            layer.compile(fullgraph=True)
-    wrap_data_parallel(model, transformer, ddp, parallel_state.get_dense_mesh())
+        for number, layer in enumerate(model.decoder.layers.values(), start=1):
+            # How many rows an expert gets, and the exchange of tokens, are known only as they come.
+            compiled = layer.get_submodule("self_attention") if is_moe_layer(transformer, number) else layer
+            compiled.compile(fullgraph=True)
+    wrap_data_parallel(
+        model, transformer, ddp, parallel_state.get_dense_mesh(), expert_mesh=parallel_state.get_expert_mesh()
+    )
     model.to_empty(device=device)
+    for module in model.modules():
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()  # type: ignore[operator]  # a method, where there is one
     if transformer.perform_initialization:
         initialize_parameters(model, seed, on_cpu=transformer.use_cpu_initialization)
     return model
@@ -90,14 +99,19 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         seed=config.rng.seed,
         compile_layers=config.training.compile,
     )
-    total = sum(parameter.numel() for parameter in model.parameters())
+    count = count_parameters(model, config.transformer)
     ways = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
     }
-    shown = ", ".join(f"{ranks}-way {axis} parallel" for axis, ranks in ways.items() if axis != "context" or ranks > 1)
-    print_rank_0(f" > number of parameters: {total:,} ({shown})")
+    optional = ("context", "expert")
+    shown = ", ".join(
+        f"{ranks}-way {axis} parallel" for axis, ranks in ways.items() if axis not in optional or ranks > 1
+    )
+    active = f", {count.active:,} of them active for a token" if count.experts else ""
+    print_rank_0(f" > number of parameters: {count.total:,}{active} ({shown})")
     return model
 
 

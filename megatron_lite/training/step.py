@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_lite import parallel_state
 from megatron_lite.distributed import finalize_model_grads, set_is_last_microbatch
 from megatron_lite.optimizer import MegatronOptimizer
 from megatron_lite.process_groups import group_size
 from megatron_lite.training.batches import MicroBatch
+from megatron_lite.transformer.moe import auxiliary_losses
+from megatron_lite.transformer.moe.statistics import update_expert_bias
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def train_step(
     dp_cp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
     per_token_loss: bool = True,
+    tp_dp_cp_group: dist.ProcessGroup | None = None,
 ) -> StepOutput:
     """Train on one global batch without waiting for the device.
 
@@ -100,6 +104,8 @@ def train_step(
         dp_cp_group: ranks between which tokens are split; normalizes the loss.
         cp_group: those of them that share micro-batches; None stands for this rank alone.
         per_token_loss: see `loss_weights`.
+        tp_dp_cp_group: ranks between which the tokens of a layer of experts are split; its counts are summed over them.
+            Default the global group.
     """
     loss, total_tokens = forward_backward(
         model,
@@ -112,6 +118,8 @@ def train_step(
     finalize_model_grads(model, tp_group)
     loss_scale = optimizer.get_loss_scale().clone()
     result = optimizer.step()
+    # As in Megatron-LM also after a step that was skipped: the tokens went where they were counted all the same.
+    update_expert_bias(model, _all_token_ranks() if tp_dp_cp_group is None else tp_dp_cp_group)
     sum_over(loss, dp_cp_group)
     return StepOutput(loss / total_tokens, result.grad_norm, result.found_inf, result.num_zeros, loss_scale)
 
@@ -125,15 +133,24 @@ def forward_backward(
     cp_group: dist.ProcessGroup | None = None,
     per_token_loss: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the global batch into the model; returns (this rank's summed loss, valid tokens of all ranks)."""
+    """Gradients of the global batch into the model; returns (this rank's summed loss, valid tokens of all ranks).
+
+    Losses that layers of experts attach to their activations count as their mean over the micro-batches of all data
+    parallel ranks, beside the loss of the tokens.
+    """
     optimizer.zero_grad()
     total_tokens = count_tokens(micro_batches, dp_cp_group)
     data_parallel_size = group_size(dp_cp_group) // group_size(cp_group)
     weights = loss_weights(micro_batches, total_tokens, data_parallel_size, per_token_loss, cp_group)
     loss = torch.zeros_like(total_tokens)
+    auxiliary_losses.set_scale(optimizer.get_loss_scale().double() / (len(micro_batches) * data_parallel_size))
     for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
         set_is_last_microbatch(model, number == len(micro_batches))
         summed = micro_batch_losses(model, batch).sum()
         loss += summed.detach()
         optimizer.scale_loss(summed * weight.to(summed.dtype)).backward()
     return loss, total_tokens
+
+
+def _all_token_ranks() -> dist.ProcessGroup | None:
+    return parallel_state.get_tensor_and_data_parallel_group(check_initialized=False, with_context_parallel=True)

@@ -23,6 +23,7 @@ from megatron_lite.training.step import StepOutput, train_step
 from megatron_lite.training.stopping import StopVote
 from megatron_lite.training.throughput import Throughput
 from megatron_lite.training.writers import Writers, console_line
+from megatron_lite.transformer.moe.statistics import collect
 
 
 @dataclass
@@ -147,11 +148,17 @@ def log_is_due(run: Run) -> bool:
     return every(run.config.logger.log_interval, run.progress.iteration) or run.progress.iteration == 1
 
 
-def read_metrics(run: Run) -> None:
-    """Bring the numbers since the last reading to the host, check them, and write the files."""
+def read_metrics(run: Run, end_of_interval: bool = False) -> None:
+    """Bring the numbers since the last reading to the host, check them, and write the files.
+
+    At the end of a log interval the last record also gets the statistics of the experts over that interval.
+    """
     records = run.metrics.flush()
     if not records:
         return
+    if end_of_interval:
+        token_ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        records[-1].experts = collect(run.model, token_ranks)
     if run.device.type == "cuda" and run.config.logger.log_memory_to_tensorboard:
         records[-1].values["mem-allocated-bytes"] = torch.cuda.memory_allocated(run.device)
         records[-1].values["mem-reserved-bytes"] = torch.cuda.memory_reserved(run.device)
@@ -164,7 +171,7 @@ def read_metrics(run: Run) -> None:
 
 def log(run: Run) -> None:
     """Print the log line of the interval that ends here."""
-    read_metrics(run)
+    read_metrics(run, end_of_interval=True)
     if run.unprinted:
         throughput = run.throughput if run.config.logger.log_throughput else None
         print_rank_last(console_line(run.unprinted, run.total_iterations, throughput))

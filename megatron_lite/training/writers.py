@@ -42,6 +42,7 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
         f"learning rate: {last.values['learning_rate']:.6E}",
         f"global batch size: {last.global_batch_size:5d}",
         f"lm loss: {loss:.6E}",
+        *describe_experts(last.experts),
         f"loss scale: {last.values['loss_scale']:.1f}",
         f"grad norm: {last.values['grad_norm']:.3f}",
     ]
@@ -55,6 +56,17 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
         f"time left: {duration((total_iterations - last.iteration) * elapsed_ms / 1000.0)}",
     ]
     return " | ".join(parts) + " |"
+
+
+def describe_experts(experts: dict[str, float]) -> list[str]:
+    """Parts of the log line: Megatron's balance losses, mean over layers, and in one part how the load is spread."""
+    parts = [f"{name}: {value:.6E}" for name, value in experts.items() if not name.startswith("moe")]
+    if "moe_balance" in experts:
+        dropped = f", {100 * experts['moe_dropped']:.2f}% dropped" if experts["moe_dropped"] else ""
+        parts.append(
+            f"experts: fullest / mean {experts['moe_balance']:.2f}, entropy {experts['moe_entropy']:.2f}{dropped}"
+        )
+    return parts
 
 
 def duration(seconds: float) -> str:
@@ -128,6 +140,8 @@ class Writers:
         for record in records:
             if record.iteration % self.config.tensorboard_log_interval == 0:
                 self._scalars(self._tags(record, world_size), record.iteration, record.consumed_samples)
+            if record.experts:
+                self._scalars(record.experts, record.iteration, record.consumed_samples)
 
     def validation(
         self, iteration: int, consumed_samples: int, loss: float, split: str = "validation", final: bool = False
@@ -164,7 +178,7 @@ class Writers:
         if self._tensorboard:
             for tag, value in tags.items():
                 self._tensorboard.add_scalar(tag, value, iteration)
-                if "loss" in tag or tag in ("learning-rate", "grad-norm"):
+                if ("loss" in tag and not tag.startswith("moe/")) or tag in ("learning-rate", "grad-norm"):
                     self._tensorboard.add_scalar(f"{tag} vs samples", value, samples)
         if self._wandb:
             self._wandb.log(tags, step=iteration)

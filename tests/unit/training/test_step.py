@@ -45,6 +45,19 @@ def test_step_reads_no_scalar(groups, name, fp16):
         output.loss.item()
 
 
+@pytest.mark.parametrize("moe", ["aux", "bias", "global"])
+def test_step_with_experts_reads_no_scalar(groups, moe):
+    """Mutations: `.item()` on the scale of balance losses, or on the counts of the expert bias, raises here."""
+    tp_group, dp_cp_group = groups
+    layout = Layout(accumulation=2, moe=moe)
+    model, _ = build(layout)
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.1), model)
+    batches = micro_batches(layout, 0, 0)
+    train_step(model, optimizer, batches, tp_group=tp_group, dp_cp_group=dp_cp_group)
+    with NoScalarReads():
+        train_step(model, optimizer, batches, tp_group=tp_group, dp_cp_group=dp_cp_group)
+
+
 def test_loss_weights(groups):
     """Per token: one over all valid tokens. Otherwise: the mean over micro-batches of the mean over their tokens."""
     _, dp_cp_group = groups

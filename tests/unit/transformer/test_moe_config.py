@@ -220,8 +220,9 @@ def test_tokens_that_tensor_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "4")
     words = "--tensor-model-parallel-size 4 --seq-length 31"
     (found,) = run_violations(*words.split())
-    assert "makes 62 tokens" in found
-    assert run_violations(*words.split(), "--micro-batch-size", "4") == []
+    assert "seq_length is 31, 31 tokens" in found
+    assert "--seq-length 28 or 32" in found
+    assert run_violations(*words.split(), "--seq-length", "32") == []
 
 
 def test_upcycling_needs_a_dense_model_of_the_right_width() -> None:

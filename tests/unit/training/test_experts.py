@@ -1,0 +1,218 @@
+"""Experts in the training loop: the scale of their losses, the bias, what is counted and where it is written."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_lite import parallel_state
+from megatron_lite.distributed import DistributedDataParallelConfig
+from megatron_lite.models.gpt.gpt_config import GPTModelConfig
+from megatron_lite.training import setup, step, train
+from megatron_lite.training.metrics import IterationRecord
+from megatron_lite.training.writers import Writers, console_line
+from megatron_lite.transformer.moe import auxiliary_losses
+from megatron_lite.transformer.moe.statistics import routers_of
+from megatron_lite.transformer.transformer_config import TransformerConfig
+from tests.unit.training.test_loop import MOCK, lines, run
+
+EXPERTS = ["--num-experts", "4", "--moe-aux-loss-coeff", "1e-2", "--moe-z-loss-coeff", "1e-3", "--num-layers", "2"]
+BIAS = ["--num-experts", "4", "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"]
+
+
+@pytest.fixture
+def _one_process():
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.shutdown()
+
+
+def small_model(**changes) -> nn.Module:
+    """Two layers, of which the second has experts, built as for training."""
+    config = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=2, num_moe_experts=4, moe_layer_freq=[0, 1],
+        moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid",
+    )  # fmt: skip
+    ddp = DistributedDataParallelConfig()
+    return setup.build_model(
+        config,
+        GPTModelConfig(),
+        ddp,
+        vocab_size=64,
+        max_sequence_length=16,
+        device=torch.device("cpu"),
+        seed=1,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_balance_losses_are_averaged_over_micro_batches_and_replicas(monkeypatch, loss_scale):
+    """3 micro-batches on each of 6 / 2 = 3 data parallel ranks.
+
+    Mutations: without the loss scale, without the micro-batches, or over dp x cp ranks the number differs.
+    """
+    sizes = {"dp_cp": 6, "cp": 2}
+    monkeypatch.setattr(step, "group_size", lambda group: sizes[group])
+    monkeypatch.setattr(step, "sum_over", lambda tensor, group: None)
+    monkeypatch.setattr(step, "micro_batch_losses", lambda model, batch: batch["loss_mask"] * model.weight.sum())
+    seen = []
+    monkeypatch.setattr(auxiliary_losses, "set_scale", seen.append)
+    optimizer = SimpleNamespace(
+        zero_grad=lambda: None, get_loss_scale=lambda: torch.tensor(loss_scale), scale_loss=lambda loss: loss
+    )
+    batches = [{"loss_mask": torch.ones(1, 4)} for _ in range(3)]
+    step.forward_backward(nn.Linear(2, 2), optimizer, batches, dp_cp_group="dp_cp", cp_group="cp")  # type: ignore[arg-type]
+    (scale,) = seen
+    assert scale.shape == ()
+    assert scale.item() == pytest.approx(loss_scale / 9)
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_buffers_survive_being_built_without_storage(monkeypatch):
+    """Mutation: leave out reset_buffers in build_model; counts and bias start with what was in memory."""
+    fill = nn.Module.to_empty
+
+    def to_garbage(module, **options):
+        fill(module, **options)
+        for buffer in module.buffers():
+            buffer.fill_(7)
+        return module
+
+    monkeypatch.setattr(nn.Module, "to_empty", to_garbage)
+    model = small_model()
+    (router,) = routers_of(model)
+    assert router.expert_bias is not None
+    assert not any(buffer.any() for buffer in router.buffers())
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_of_a_layer_with_experts_only_the_attention_is_compiled(monkeypatch):
+    """Mutation: compile every layer whole; the second call is TransformerLayer."""
+    compiled = []
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **options: compiled.append((type(module).__name__, options))
+    )
+    small_model(compile_layers=True)
+    assert compiled == [("TransformerLayer", {"fullgraph": True}), ("SelfAttention", {"fullgraph": True})]
+
+
+def test_statistics_of_each_log_interval(monkeypatch, tmp_path, capsys):
+    """In the file with the last iteration of an interval, and on its line; the mean of the layers and each.
+
+    Mutation: collect at every reading of metrics, as before a checkpoint; iteration 2 then has them too.
+    """
+    words = ["--train-iters", "5", "--log-interval", "3", "--eval-iters", "0", "--save", str(tmp_path / "s")]
+    run(monkeypatch, *MOCK, *EXPERTS, *words, "--save-interval", "2", "--metrics-jsonl", str(tmp_path / "m.jsonl"))
+    entries = lines(tmp_path / "m.jsonl")
+    assert [entry["iteration"] for entry in entries if "moe_balance" in entry] == [1, 3, 5]
+    for entry in entries:
+        if "moe_balance" in entry:
+            both = [entry[f"moe/load_balancing_loss_layer_{layer}"] for layer in (0, 1)]
+            assert entry["load_balancing_loss"] == pytest.approx(sum(both) / 2)
+            assert entry["load_balancing_loss"] == pytest.approx(1, abs=0.5)
+            assert 1 <= entry["moe_balance"] <= 4
+            assert entry["moe_dropped"] == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if " iteration " in line and "lm loss" in line]
+    assert len(printed) == 3
+    for line in printed:
+        assert "| load_balancing_loss: " in line
+        assert "| z_loss: " in line
+        assert "| experts: fullest / mean " in line
+
+
+def test_a_dense_run_says_nothing_of_experts(monkeypatch, capsys):
+    run(monkeypatch, *MOCK, "--train-iters", "1", "--eval-iters", "0")
+    assert "experts" not in capsys.readouterr().out
+
+
+def test_the_bias_moves_once_a_step_and_evaluation_counts_nothing(monkeypatch):
+    """Two micro-batches a step, an evaluation before the third; a rate of 0.5 shows each move.
+
+    Mutations: evaluate without model.eval() leaves counts behind; an update in each micro-batch moves twice.
+    """
+    seen, counts_before_evaluation = [], []
+    original_step, original_evaluate = train.train_step, train.evaluate
+
+    def watched_step(model, *arguments, **options):
+        output = original_step(model, *arguments, **options)
+        seen.append([(router.expert_bias.clone(), router.step_tokens_per_expert.sum()) for router in routers_of(model)])
+        counts_before_evaluation.append(routers_of(model)[0].tokens_per_expert.sum().item())
+        return output
+
+    def watched_evaluate(model, *arguments, **options):
+        before = [router.tokens_per_expert.clone() for router in routers_of(model)]
+        loss = original_evaluate(model, *arguments, **options)
+        for router, counts in zip(routers_of(model), before, strict=True):
+            assert torch.equal(router.tokens_per_expert, counts)
+            assert router.step_tokens_per_expert.sum() == 0
+        return loss
+
+    monkeypatch.setattr(train, "train_step", watched_step)
+    monkeypatch.setattr(train, "evaluate", watched_evaluate)
+    words = ["--train-iters", "3", "--eval-interval", "2", "--eval-iters", "2", "--global-batch-size", "4"]
+    run(monkeypatch, *MOCK, *BIAS, *words, "--moe-router-bias-update-rate", "0.5", "--log-interval", "100")
+    assert len(seen) == 3
+    for number, routers in enumerate(seen, start=1):
+        for bias, counted in routers:
+            assert counted == 0
+            assert bias.abs().max() <= 0.5 * number
+            assert torch.equal(bias * 2, (bias * 2).round())
+    assert seen[0][0][0].any()
+    # After iteration 1 a line was logged, and its counts read: 4 sequences of 16 tokens, 2 experts each.
+    assert counts_before_evaluation == [128, 128, 256]
+
+
+def test_a_skipped_step_moves_the_bias_too(monkeypatch):
+    """As in Megatron-LM. Mutation: update only where the gradient was finite."""
+    moved = []
+    original = train.train_step
+
+    def watched(model, *arguments, **options):
+        before = routers_of(model)[0].expert_bias.clone()
+        output = original(model, *arguments, **options)
+        moved.append((output.found_inf.item(), not torch.equal(routers_of(model)[0].expert_bias, before)))
+        return output
+
+    monkeypatch.setattr(train, "train_step", watched)
+    # A scale that no float16 gradient survives.
+    scale = ["--fp16", "--initial-loss-scale", "1e30", "--train-iters", "1", "--eval-iters", "0"]
+    run(monkeypatch, *MOCK, *BIAS, *scale)
+    assert moved == [(1.0, True)]
+
+
+def with_experts(iteration: int) -> IterationRecord:
+    """An iteration at the end of an interval."""
+    values = {"lm_loss": 1.0, "learning_rate": 1e-3, "loss_scale": 1.0, "grad_norm": 0.5, "skipped": 0.0, "nan": 0.0}
+    experts = {"load_balancing_loss": 1.25, "moe_balance": 1.5, "moe_dropped": 0.125, "moe_entropy": 1.0}
+    return IterationRecord(iteration, 8, 8, 250.0, 256, values, experts | {"moe/load_balancing_loss_layer_1": 1.25})
+
+
+def test_the_line_names_dropped_pairs_where_there_are_some():
+    line = console_line([with_experts(3)], 10, None)
+    assert "lm loss: 1.000000E+00 | load_balancing_loss: 1.250000E+00 | " in line
+    assert "| experts: fullest / mean 1.50, entropy 1.00, 12.50% dropped |" in line
+
+
+def test_tags_of_tensorboard(monkeypatch):
+    """Megatron's tags, also where the interval of TensorBoard misses the iteration; no second axis for each layer."""
+    written = []
+    config = SimpleNamespace(
+        metrics_jsonl=None, tensorboard_dir=None, wandb_project=None, tensorboard_log_interval=2,
+        log_loss_scale_to_tensorboard=True, log_world_size_to_tensorboard=False,
+    )  # fmt: skip
+    writers = Writers(config, True, 1, {})  # type: ignore[arg-type]
+    board = SimpleNamespace(add_scalar=lambda tag, value, at: written.append((tag, value, at)))
+    monkeypatch.setattr(writers, "_tensorboard", board)
+    writers.iterations([with_experts(3)], 1)
+    assert [entry[:2] for entry in written] == [
+        ("load_balancing_loss", 1.25),
+        ("load_balancing_loss vs samples", 1.25),
+        ("moe_balance", 1.5),
+        ("moe_dropped", 0.125),
+        ("moe_entropy", 1.0),
+        ("moe/load_balancing_loss_layer_1", 1.25),
+    ]
+    json.dumps(with_experts(3).as_json())
