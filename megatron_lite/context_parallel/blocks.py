@@ -45,26 +45,30 @@ class Piece(NamedTuple):
     middle: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return self.end - self.start
 
-def pieces(layout: SequenceLayout, cp_size: int, cp_rank: int) -> list[Piece]:
-    """Each document's tokens on one rank; empty where it has none there."""
-    found = []
-    for start, end, low, high in layout.documents_with_stretch():
-        if cp_size == 1:
-            found.append(Piece(start, end, end))
-            continue
-        chunk = chunk_length(high - low, cp_size)
-        early, late = low + cp_rank * chunk, low + (2 * cp_size - 1 - cp_rank) * chunk
-        middle = low // cp_size + chunk  # where, on every rank, the late chunk of this stretch begins
-        before = max(min(end, early + chunk) - max(start, early), 0)
-        after = max(min(end, late + chunk) - max(start, late), 0)
-        if before:
-            first = middle - chunk + max(start - early, 0)
-            found.append(Piece(first, first + before, first + before + after))
-        else:
-            first = middle + max(start - late, 0)
-            found.append(Piece(first, first, first + after))
-    return found
+
+def piece_on_rank(place: tuple[int, int, int, int], cp_size: int, cp_rank: int) -> Piece:
+    """One document's tokens on one rank; empty where it has none there.
+
+    Args:
+        place: one of SequenceLayout.documents_with_stretch.
+        cp_size: number of ranks the row is split over.
+        cp_rank: this one.
+    """
+    start, end, low, high = place
+    if cp_size == 1:
+        return Piece(start, end, end)
+    chunk = chunk_length(high - low, cp_size)
+    early, late = low + cp_rank * chunk, low + (2 * cp_size - 1 - cp_rank) * chunk
+    middle = low // cp_size + chunk  # where, on every rank, the late chunk of this stretch begins
+    before = max(min(end, early + chunk) - max(start, early), 0)
+    after = max(min(end, late + chunk) - max(start, late), 0)
+    first = middle - chunk + max(start - early, 0) if before else middle + max(start - late, 0)
+    return Piece(first, first + before, first + before + after)
 
 
 def attention_blocks(layout: SequenceLayout, cp_size: int, cp_rank: int, causal: bool = True) -> list[Block]:
@@ -76,11 +80,14 @@ def attention_blocks(layout: SequenceLayout, cp_size: int, cp_rank: int, causal:
         cp_rank: this one.
         causal: tokens see their document up to themselves; otherwise all of it.
     """
-    own = pieces(layout, cp_size, cp_rank)
+    # Most of many documents have no token here; only for those that have some are other ranks' pieces looked up.
+    places = layout.documents_with_stretch()
+    own = [(piece, place) for place in places if (piece := piece_on_rank(place, cp_size, cp_rank)).size > 0]
     plan = []
     for step in range(cp_size):
         source = (cp_rank - step) % cp_size
-        for q, k in zip(own, pieces(layout, cp_size, source), strict=True):
+        for q, place in own:
+            k = piece_on_rank(place, cp_size, source)
             if step == 0 or not causal:
                 block = Block(step, q.start, q.end, k.start, k.end, int(causal))
             elif source < cp_rank:
@@ -93,7 +100,8 @@ def attention_blocks(layout: SequenceLayout, cp_size: int, cp_rank: int, causal:
 
 def as_tensor(blocks: list[Block]) -> Tensor:
     """A plan as int64 [blocks, 6] on the CPU, the form in which compiled code can carry it."""
-    return torch.tensor(blocks, dtype=torch.int64, device="cpu").view(-1, 6)
+    with torch.inference_mode(False):  # an operator keeps it for backward, and plans outlive an evaluation
+        return torch.tensor(blocks, dtype=torch.int64, device="cpu").view(-1, 6)
 
 
 def as_blocks(plan: Tensor) -> list[Block]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lite.context_parallel import SequenceLayout, zigzag_positions
-from megatron_lite.context_parallel.blocks import Block, as_blocks, as_tensor, attention_blocks, pieces
+from megatron_lite.context_parallel.blocks import Block, as_blocks, as_tensor, attention_blocks, piece_on_rank
 from megatron_lite.errors import ConfigError
 from tests.unit.context_parallel.layouts import layouts
 
@@ -87,9 +87,8 @@ def test_pieces_are_the_documents(drawn: tuple[int, SequenceLayout]) -> None:
     found: list[list[int]] = [[] for _ in documents]
     for rank in range(cp):
         positions = zigzag_positions(layout.stretches, cp, rank).tolist()
-        for number, (piece, (_, _, low, high)) in enumerate(
-            zip(pieces(layout, cp, rank), layout.documents_with_stretch(), strict=True)
-        ):
+        for number, place in enumerate(layout.documents_with_stretch()):
+            piece, (_, _, low, high) = piece_on_rank(place, cp, rank), place
             assert piece.start <= piece.middle <= piece.end
             half = (low + high) / 2
             assert all(position < half for position in positions[piece.start : piece.middle]) or cp == 1
@@ -135,7 +134,8 @@ def test_a_document_shorter_than_its_chunks() -> None:
     assert plans[0] == [Block(0, 0, 2, 0, 2, 1)]
     assert plans[1] == [Block(0, 0, 1, 0, 1, 1), Block(1, 0, 1, 0, 2, 0)]
     assert plans[2] == plans[3] == []
-    assert [piece.end - piece.start for rank in range(4) for piece in pieces(layout, 4, rank)] == [2, 1, 0, 0]
+    (place,) = layout.documents_with_stretch()
+    assert [piece_on_rank(place, 4, rank).size for rank in range(4)] == [2, 1, 0, 0]
 
 
 def test_a_row_of_padding_only() -> None:
@@ -163,3 +163,10 @@ def test_documents_outside_of_their_stretch(documents: tuple[tuple[int, int], ..
     with pytest.raises(ConfigError, match=named) as raised:
         attention_blocks(SequenceLayout((0, 4, 8), documents), 2, 0)
     assert "not inside one stretch" in str(raised.value)
+
+
+def test_a_plan_made_by_an_evaluation_serves_training() -> None:
+    """Mutation: as_tensor without inference_mode(False), whose result an operator cannot keep for backward."""
+    with torch.inference_mode():
+        plan = as_tensor([Block(0, 0, 2, 0, 2, 1)])
+    assert not plan.is_inference()
