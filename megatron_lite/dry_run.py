@@ -4,64 +4,31 @@ Rank 0 is built exactly as for training, on the meta device (shapes without stor
 collectives do nothing. So layout, parameters and bytes are read off the real modules rather than estimated.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.distributed import wrap_data_parallel
+from megatron_lite.dry_run_memory import Memory, ModelSize, Part, expert_data_parallel_size, memory_of, micro_batches
 from megatron_lite.errors import ConfigError
+from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
-from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.tensor_parallel.parameters import local, named_parameter_specs
 from megatron_lite.tokenizers import build_tokenizer
 from megatron_lite.training.initialize import initialize_parallel_groups
 from megatron_lite.training.setup import build_gpt
 from megatron_lite.transformer.attention_choices import describe_communication
 
 GIB, MIB = 2**30, 2**20
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameter counts of the whole model and of what one rank is responsible for.
-
-    Attributes:
-        total: logical elements, each once, padding of the vocabulary included.
-        padding: how many of `total` belong to vocabulary entries that do not exist.
-        tensor_parallel_shard: elements of this rank's tensor parallel part, the ones it computes with.
-        stored: elements this rank keeps between steps, as master weights and optimizer state.
-        largest_layer: tensor parallel part of the largest transformer layer.
-    """
-
-    total: int
-    padding: int
-    tensor_parallel_shard: int
-    stored: int
-    largest_layer: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank, at the end of the backward pass of the last micro-batch."""
-
-    master_weights: int
-    compute_weights: int
-    gradients: int
-    optimizer_state: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.master_weights + self.compute_weights + self.gradients + self.optimizer_state + self.activations
 
 
 def dry_run(run: RunConfig) -> None:
@@ -78,13 +45,20 @@ def describe(run: RunConfig) -> str:
     """
     vocab_size = _vocab_size(run)
     with fake_cluster(run):
-        with torch.device("meta"):
-            model = build_gpt(run.transformer, run.gpt, vocab_size, run.data.seq_length or 0)
-        tensor_shards = _tensor_parallel_sizes(model)
-        padding = (model.padded_vocab_size - vocab_size) * (run.transformer.hidden_size or 0)
+        whole, stage = _models(run, vocab_size)
+        count = count_parameters(whole, run.transformer)
+        padding = (whole.padded_vocab_size - vocab_size) * (run.transformer.hidden_size or 0)
         padding *= 1 if run.gpt.share_embeddings_and_output_weights else 2
-        wrap_data_parallel(model, run.transformer, run.ddp, parallel_state.get_dense_mesh())
-        size = _model_size(model, tensor_shards, padding)
+        shards = {name: local(parameter).numel() for name, parameter in stage.named_parameters()}
+        wrap_data_parallel(
+            stage,
+            run.transformer,
+            run.ddp,
+            parallel_state.get_dense_mesh(),
+            expert_mesh=parallel_state.get_expert_mesh(),
+        )
+        dense, experts = (_part(stage, shards, of_experts) for of_experts in (False, True))
+        size = ModelSize(count.total, count.active, padding, dense, experts)
         layout = list(_layout_lines(run))
     memory = memory_of(run, size)
     sections = {
@@ -124,84 +98,37 @@ def _vocab_size(run: RunConfig) -> int:
         ) from error
 
 
-def _tensor_parallel_sizes(model: nn.Module) -> dict[str, int]:
-    """Elements of this rank's tensor parallel part of each parameter, before data parallel sharding."""
-    return {name: local(parameter).numel() for name, parameter in model.named_parameters()}
+def _models(run: RunConfig, vocab_size: int) -> tuple[GPTModel, GPTModel]:
+    """The whole model, of which only names and shapes are used, and what rank 0 has: the first pipeline stage."""
+    length, stages = run.data.seq_length or 0, run.transformer.pipeline_model_parallel_size
+    whole = build_gpt(run.transformer, run.gpt, vocab_size, length)
+    if stages == 1:
+        return whole, whole
+    own = range(run.transformer.num_layers // stages)
+    with torch.device("meta"):
+        first = build_gpt_model(run.transformer, run.gpt, vocab_size, length, post_process=False, layer_indices=own)
+    return whole, first
 
 
-def _model_size(model: nn.Module, tensor_shards: dict[str, int], padding: int) -> ModelSize:
-    """Count a model wrapped for data parallelism."""
-    total = stored = 0
+def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
+    """Count the dense parameters or the experts of a model that is wrapped for data parallelism.
+
+    Args:
+        model: rank 0's.
+        shards: elements of its part of each parameter before the wrapping.
+        of_experts: which of the two to count.
+    """
+    specs, stored = named_parameter_specs(model), 0
     layers: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        stored += local(parameter).numel()
+    names = [name for name, spec in specs.items() if spec.is_expert == of_experts]
+    parameters = dict(model.named_parameters())
+    for name in names:
+        stored += local(parameters[name]).numel()
         if ".layers." in name:
             layer = name.split(".layers.")[1].split(".")[0]
-            layers[layer] = layers.get(layer, 0) + tensor_shards[name]
-    return ModelSize(total, padding, sum(tensor_shards.values()), stored, max(layers.values(), default=0))
-
-
-def memory_of(run: RunConfig, size: ModelSize) -> Memory:
-    """Bytes of one rank under its data parallel strategy.
-
-    Master weights, gradients and optimizer state are as stored. Weights are computed with in `params_dtype`, gathered:
-    the whole tensor parallel part, or under optim_grads_params two layers (one in use, one on its way) and what
-    belongs to no layer. A rank that shares its part with none (data and context parallel) has no second copy if it
-    computes in the masters' dtype. Under optim, gradients of several micro-batches also wait whole for their one
-    reduction.
-    """
-    main, compute = run.transformer.main_params_dtype.itemsize, run.transformer.params_dtype.itemsize
-    split_parameters = run.ddp.data_parallel_sharding_strategy == "optim_grads_params"
-    outside_layers = size.tensor_parallel_shard - size.largest_layer * run.transformer.num_layers
-    gathered = size.tensor_parallel_shard
-    if split_parameters:
-        gathered = min(gathered, 2 * size.largest_layer + max(outside_layers, 0))
-    if run.data_parallel_size * run.transformer.context_parallel_size == 1 and main == compute:
-        gathered = 0
-    waits_whole = run.ddp.data_parallel_sharding_strategy == "optim" and _micro_batches(run) > 1
-    reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
-    moments = 2 if run.optimizer.optimizer == "adam" else int(run.optimizer.sgd_momentum > 0)
-    return Memory(
-        master_weights=size.stored * main,
-        compute_weights=gathered * compute,
-        gradients=size.stored * main + (size.tensor_parallel_shard * reduce if waits_whole else 0),
-        optimizer_state=size.stored * main * moments,
-        activations=activation_bytes(run),
-    )
-
-
-def activation_bytes(run: RunConfig) -> int:
-    """Bytes that the layers keep for the backward of one micro-batch, attention as one fused operation.
-
-    The tokens are this context parallel rank's part of the sequences, padding included.
-    Per token and layer: the inputs of both norms and of the two matrices after them (4 h, split over tensor ranks
-    only with sequence parallelism), queries, keys, values and the attention's output, and two or three activations
-    of the MLP (f each, split over tensor ranks). Full recomputation keeps one layer input (h) for each recomputed
-    unit, and one unit's activations while it is recomputed. Left out: dropout masks, the loss (it runs in chunks), and
-    what context parallel ranks have of each other's keys and values.
-    """
-    c = run.transformer
-    tp = c.tensor_model_parallel_size
-    heads = c.kv_channels or 0
-    tokens = (run.training.micro_batch_size or 1) * run.padded_sequence_length // c.context_parallel_size
-    stream = c.hidden_size / (tp if c.sequence_parallel else 1)
-    attention = (2 * c.num_attention_heads + 2 * (c.num_query_groups or 0)) * heads / tp
-    mlp = (3 if c.gated_linear_unit else 2) * (c.ffn_hidden_size or 0) / tp
-    layer = 4 * stream + attention + mlp
-    layers = float(c.num_layers)
-    elements = layers * layer
-    if c.recompute_granularity == "full" and c.recompute_num_layers:
-        n = min(c.recompute_num_layers, c.num_layers)
-        if c.recompute_method == "uniform":
-            elements = math.ceil(layers / n) * stream + n * layer
-        else:
-            elements = n * stream + (layers - n) * layer + layer
-    return int(tokens * elements * c.params_dtype.itemsize)
-
-
-def _micro_batches(run: RunConfig) -> int:
-    return run.global_batch_size // ((run.training.micro_batch_size or 1) * run.data_parallel_size)
+            layers[layer] = layers.get(layer, 0) + shards[name]
+    total = sum(shards[name] for name in names)
+    return Part(total, stored, max(layers.values(), default=0), sum(layers.values()))
 
 
 def _layout_lines(run: RunConfig) -> Iterator[str]:
@@ -217,13 +144,39 @@ def _layout_lines(run: RunConfig) -> Iterator[str]:
     if sizes.context_parallel_size > 1:
         name = f"context parallel {sizes.context_parallel_size} by {describe_communication(sizes)}"
         groups.insert(1, (name, parallel_state.get_context_parallel_group()))
+    if sizes.pipeline_model_parallel_size > 1:
+        name = f"pipeline parallel {sizes.pipeline_model_parallel_size} (described below: the first stage)"
+        groups.insert(0, (name, parallel_state.get_pipeline_model_parallel_group()))
+    if sizes.num_moe_experts is not None:
+        groups += _expert_groups(run)
     for name, group in groups:
         assert group is not None
         yield f"{name}: rank 0 {_company(dist.get_process_group_ranks(group))}"
-    mesh = parallel_state.get_dense_mesh()
-    shape = ", ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-    yield f"mesh: {shape} (order {run.distributed.order})"
+    yield f"mesh: {_shape_of(parallel_state.get_dense_mesh())} (order {run.distributed.order})"
+    if sizes.num_moe_experts is not None:
+        yield f"mesh of the experts: {_shape_of(parallel_state.get_expert_mesh())}"
     yield f"data parallel strategy: {run.ddp.data_parallel_sharding_strategy}"
+
+
+def _expert_groups(run: RunConfig) -> list[tuple[str, dist.ProcessGroup | None]]:
+    sizes = run.transformer
+    experts, ep = sizes.num_moe_experts or 0, sizes.expert_model_parallel_size
+    own = f"expert 0 to {experts // ep - 1}" if experts > ep else "expert 0"
+    return [
+        (
+            f"expert parallel {ep} ({own} of {experts} here, by {sizes.moe_token_dispatcher_type})",
+            parallel_state.get_expert_model_parallel_group(),
+        ),
+        (
+            f"expert tensor parallel {sizes.expert_tensor_parallel_size}",
+            parallel_state.get_expert_tensor_parallel_group(),
+        ),
+        (f"expert data parallel {expert_data_parallel_size(run)}", parallel_state.get_expert_data_parallel_group()),
+    ]
+
+
+def _shape_of(mesh: DeviceMesh) -> str:
+    return ", ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
 
 
 def _company(ranks: list[int]) -> str:
@@ -238,8 +191,16 @@ def _parameter_lines(run: RunConfig, size: ModelSize) -> Iterator[str]:
     yield f"whole model: {size.total - size.padding:,}" + (
         f" (+ {size.padding:,} of vocabulary padding)" if size.padding else ""
     )
-    yield f"tensor parallel part, computed with by rank 0: {size.tensor_parallel_shard:,}"
-    yield f"stored by rank 0 between steps: {size.stored:,}"
+    if run.transformer.num_moe_experts is not None:
+        sizes = run.transformer
+        yield (
+            f"active for a token: {size.active - size.padding:,} ({sizes.moe_router_topk} of {sizes.num_moe_experts} "
+            f"experts in {sizes.num_moe_layers} of {sizes.num_layers} layers)"
+        )
+    experts = f" ({size.experts.shard:,} of experts)" if size.experts.shard else ""
+    stored = f" ({size.experts.stored:,} of experts)" if size.experts.shard else ""
+    yield f"tensor parallel part, computed with by rank 0: {size.shard:,}{experts}"
+    yield f"stored by rank 0 between steps: {size.stored:,}{stored}"
 
 
 def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:
@@ -264,7 +225,7 @@ def _batch_lines(run: RunConfig) -> Iterator[str]:
     batch = run.global_batch_size
     yield (
         f"{batch:,} sequences a step = {training.micro_batch_size} a micro-batch x {run.data_parallel_size} data "
-        f"parallel ranks x {_micro_batches(run)} micro-batches = {batch * length:,} tokens"
+        f"parallel ranks x {micro_batches(run)} micro-batches = {batch * length:,} tokens"
     )
     cp, padded = run.transformer.context_parallel_size, run.padded_sequence_length
     if padded != length:

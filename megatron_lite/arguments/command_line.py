@@ -154,7 +154,7 @@ def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = 
         _read_file(settings, settings.config, compat)
     _read_flags(settings, given, compat)
     _report_unknown(settings, unknown)
-    notices, violations = judge(compat)
+    notices, violations = judge(compat, {name: value for name, (value, _) in settings.values.items()})
     settings.notices += notices
     settings.problems += violations
     return settings

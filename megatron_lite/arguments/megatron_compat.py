@@ -13,6 +13,11 @@ ALIASES: dict[str, tuple[str, str | None]] = {
     "--encoder-num-layers": ("num_layers", None),
 }
 
+# Refused flags that ask for nothing special beside a setting: flag -> (field, value).
+HARMLESS_WITH: dict[str, tuple[str, str]] = {
+    "--no-position-embedding": ("position_embedding_type", "rope"),
+}
+
 
 @dataclass(frozen=True)
 class CompatFlag:
@@ -67,16 +72,20 @@ def compat_keys() -> dict[str, CompatFlag]:
     return found
 
 
-def judge(given: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def judge(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(notices, violations) for Megatron flags that were given, one sentence for each reason.
 
     Args:
         given: flag -> its value, True for a switch.
+        settings: field -> value, as far as given.
     """
     silent: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for name, value in given.items():
         flag = compat_flags()[name]
+        field, harmless = HARMLESS_WITH.get(name, ("", None))
+        if harmless is not None and settings.get(field) == harmless:
+            continue
         shown = name if flag.nargs == 0 else f"{name} {_text(value)}"
         into = refused if flag.is_refused_with(value) else silent
         if into is silent and flag.refused:

@@ -232,7 +232,7 @@ REFUSED: dict[str, str] = {
         --no-inference-use-synchronous-zmq-collectives --inference-disable-ep-consensus
         --no-inference-disable-ep-consensus --inference-shards=
     """,
-    "it was withdrawn from Megatron-LM: write --position-embedding-type none": """
+    "it is accepted with --position-embedding-type rope only: write --position-embedding-type none": """
         --no-position-embedding
     """,
     "this optimizer is not implemented; --optimizer adam and sgd are": """

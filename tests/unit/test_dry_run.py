@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
-from megatron_lite.dry_run import ModelSize, activation_bytes, describe, dry_run, memory_of
+from megatron_lite.dry_run import describe, dry_run
+from megatron_lite.dry_run_memory import ModelSize, Part, activation_bytes, memory_of
 from megatron_lite.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def test_padding_takes_memory_and_is_not_counted_as_tokens() -> None:
     assert "16 sequences a step = 8 a micro-batch x 1 data parallel ranks x 2 micro-batches = 4,000 tokens" in report
     assert "filled up with 6 masked tokens to 256" in report
     assert activation_bytes(run) * 4 == activation_bytes(run_of("quickstart", 1))
-    size = ModelSize(total=1000, padding=0, tensor_parallel_shard=1000, stored=250, largest_layer=100)
+    size = ModelSize(1000, 1000, 0, Part(shard=1000, stored=250, largest_layer=100, in_layers=400))
     assert memory_of(run, size).compute_weights == 1000 * 4  # context parallel ranks share gradients, as data parallel
 
 
@@ -103,7 +104,7 @@ def test_vocabulary_padding_is_told_apart() -> None:
 
 
 def test_memory_follows_the_strategy() -> None:
-    size = ModelSize(total=1000, padding=0, tensor_parallel_shard=1000, stored=250, largest_layer=100)
+    size = ModelSize(1000, 1000, 0, Part(shard=1000, stored=250, largest_layer=100, in_layers=400))
     bf16 = ["--bf16", "--tensor-model-parallel-size", "1", "--mock-data"]
     memory = {
         strategy: memory_of(run_of("quickstart", 2, *bf16, "--data-parallel-sharding-strategy", strategy), size)

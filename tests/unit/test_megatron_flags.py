@@ -108,7 +108,12 @@ def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: s
 
 @pytest.mark.parametrize(
     "words",
-    [["--exp-avg-dtype", "fp32"], ["--ckpt-format", "torch_dist"], ["--rope-type", "rope"], ["--moe-combine-bwd-dtype", "bf16"]],
+    [
+        ["--exp-avg-dtype", "fp32"],
+        ["--ckpt-format", "torch_dist"],
+        ["--rope-type", "rope"],
+        ["--moe-combine-bwd-dtype", "bf16"],
+    ],
 )
 def test_values_that_ask_for_nothing_special_pass(words: list[str]) -> None:
     assert not read_settings(words).problems
@@ -140,8 +145,9 @@ def test_context_parallelism_as_in_megatron() -> None:
     assert by_layer.transformer.cp_comm_type == ["p2p", "all_gather"] * 16
 
 
-def test_gpt3_example_parses_and_asks_for_pipeline_stages() -> None:
-    settings = read_settings([*GPT3, "--dry-run", "--world-size", "128"])
+def test_gpt3_example_parses_and_asks_for_pipeline_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "128")
+    settings = read_settings(GPT3)
     assert not settings.problems
     run = build_run_config(settings)
     assert all_violations(run) == [

@@ -1,0 +1,166 @@
+"""Bytes of one rank, worked out from the numbers of parameters and the shape of the activations."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_lite.arguments import RunConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of the dense parameters, or of the routed experts, of one rank.
+
+    Attributes:
+        shard: its tensor (and expert) parallel part, the one it computes with.
+        stored: what it keeps of that between steps, as master weights and optimizer state.
+        largest_layer: the shard's part in the largest transformer layer.
+        in_layers: the shard's part in all transformer layers.
+    """
+
+    shard: int = 0
+    stored: int = 0
+    largest_layer: int = 0
+    in_layers: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts of the whole model and of what one rank is responsible for.
+
+    Attributes:
+        total: logical elements, each once, padding of the vocabulary included.
+        active: those that one token is computed with.
+        padding: how many of `total` belong to vocabulary entries that do not exist.
+        dense: all that belongs to no routed expert, split over tensor and data (and context) parallel ranks.
+        experts: the routed experts, split over expert, expert tensor and expert data parallel ranks.
+    """
+
+    total: int
+    active: int
+    padding: int
+    dense: Part
+    experts: Part = Part()
+
+    @property
+    def shard(self) -> int:
+        """What the rank computes with."""
+        return self.dense.shard + self.experts.shard
+
+    @property
+    def stored(self) -> int:
+        """What the rank keeps between steps."""
+        return self.dense.stored + self.experts.stored
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, at the end of the backward pass of the last micro-batch."""
+
+    master_weights: int
+    compute_weights: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.master_weights + self.compute_weights + self.gradients + self.optimizer_state + self.activations
+
+
+def expert_data_parallel_size(run: RunConfig) -> int:
+    """Ranks that hold the same part of the same experts."""
+    sizes = run.transformer
+    etp = sizes.expert_tensor_parallel_size or sizes.tensor_model_parallel_size
+    return run.world_size // (etp * sizes.expert_model_parallel_size * sizes.pipeline_model_parallel_size)
+
+
+def memory_of(run: RunConfig, size: ModelSize) -> Memory:
+    """Bytes of one rank under its data parallel strategy.
+
+    Master weights, gradients and optimizer state are as stored. Weights are computed with in `params_dtype`, gathered:
+    the whole shard, or under optim_grads_params two layers (one in use, one on its way) and what belongs to no layer.
+    A rank that shares its part with none (data and context parallel, or expert data parallel) has no second copy if it
+    computes in the masters' dtype. Under optim, gradients of several micro-batches also wait whole for their one
+    reduction.
+    """
+    main = run.transformer.main_params_dtype.itemsize
+    waits_whole = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
+    reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
+    moments = 2 if run.optimizer.optimizer == "adam" else int(run.optimizer.sgd_momentum > 0)
+    gathered = _gathered(run, size.dense, run.data_parallel_size * run.transformer.context_parallel_size)
+    gathered += _gathered(run, size.experts, expert_data_parallel_size(run))
+    return Memory(
+        master_weights=size.stored * main,
+        compute_weights=gathered * run.transformer.params_dtype.itemsize,
+        gradients=size.stored * main + (size.shard * reduce if waits_whole else 0),
+        optimizer_state=size.stored * main * moments,
+        activations=activation_bytes(run),
+    )
+
+
+def _gathered(run: RunConfig, part: Part, ranks: int) -> int:
+    """Elements of a part that exist a second time to compute with; `ranks` share it."""
+    if ranks == 1 and run.transformer.main_params_dtype == run.transformer.params_dtype:
+        return 0
+    if run.ddp.data_parallel_sharding_strategy == "optim_grads_params":
+        return min(part.shard, 2 * part.largest_layer + part.shard - part.in_layers)
+    return part.shard
+
+
+def activation_bytes(run: RunConfig) -> int:
+    """Bytes that the layers keep for the backward of one micro-batch, attention as one fused operation.
+
+    The tokens are this context parallel rank's part of the sequences, padding included.
+    Per token and layer: the inputs of both norms and of the two matrices after them (4 h, split over tensor ranks
+    only with sequence parallelism), queries, keys, values and the attention's output, and what the MLP or the experts
+    keep. Full recomputation keeps one layer input (h) for each recomputed unit, and one unit's activations while it is
+    recomputed. Of several pipeline stages, the first holds as many micro-batches as there are stages. Left out:
+    dropout masks, the loss (it runs in chunks), and what context parallel ranks have of each other's keys and values.
+    """
+    c = run.transformer
+    tp, stages = c.tensor_model_parallel_size, c.pipeline_model_parallel_size
+    heads = c.kv_channels or 0
+    tokens = (run.training.micro_batch_size or 1) * run.padded_sequence_length // c.context_parallel_size
+    stream = c.hidden_size / (tp if c.sequence_parallel else 1)
+    attention = (2 * c.num_attention_heads + 2 * (c.num_query_groups or 0)) * heads / tp
+    layers, with_experts = float(c.num_layers) / stages, c.num_moe_layers / stages
+    elements = layers * (4 * stream + attention) + (layers - with_experts) * _of_mlp(run)
+    elements += with_experts * _of_experts(run)
+    if c.recompute_granularity == "full" and c.recompute_num_layers:
+        layer = elements / layers
+        n = min(c.recompute_num_layers, c.num_layers)
+        if c.recompute_method == "uniform":
+            elements = math.ceil(layers / n) * stream + n * layer
+        else:
+            elements = n * stream + (layers - n) * layer + layer
+    return int(tokens * elements * c.params_dtype.itemsize) * min(stages, micro_batches(run))
+
+
+def _of_mlp(run: RunConfig) -> float:
+    """Activations that a dense MLP keeps, per token: two or three of width f, split over tensor ranks."""
+    c = run.transformer
+    return (3 if c.gated_linear_unit else 2) * (c.ffn_hidden_size or 0) / c.tensor_model_parallel_size
+
+
+def _of_experts(run: RunConfig) -> float:
+    """What a layer of experts keeps, per token, when the load is even: for each of the topk choices the row (h) and two
+    or three activations of one expert, split over expert tensor ranks; and the shared experts' activations.
+
+    A rank routes 1 / tp of the tokens, and gets as many rows from others as it sends, on each expert tensor rank.
+    Recomputing moe_act keeps one activation less, recomputing moe none of all this.
+    """
+    c = run.transformer
+    recomputed = (c.recompute_modules or []) if c.recompute_granularity == "selective" else []
+    if "moe" in recomputed:
+        return 0.0
+    tp, etp = c.tensor_model_parallel_size, c.expert_tensor_parallel_size or c.tensor_model_parallel_size
+    kept = (3 if c.gated_linear_unit else 2) - ("moe_act" in recomputed)
+    row = c.hidden_size + kept * (c.moe_ffn_hidden_size or 0) / etp
+    shared = (3 if c.gated_linear_unit else 2) * (c.moe_shared_expert_intermediate_size or 0) / tp
+    return c.moe_router_topk * row * etp / tp + shared
+
+
+def micro_batches(run: RunConfig) -> int:
+    """Micro-batches of one data parallel rank in a step."""
+    return run.global_batch_size // ((run.training.micro_batch_size or 1) * run.data_parallel_size)
