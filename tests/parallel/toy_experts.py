@@ -47,9 +47,7 @@ class ToyMoELayer(nn.Module):
         super().__init__()
         self.group = parallel_state.get_expert_tensor_and_model_parallel_group()
         dtype, partial = config.main_params_dtype, parallel_state.get_tensor_model_parallel_world_size() > 1
-        create_parameter(
-            self, "weight", (HIDDEN, HIDDEN), init_method=_normal, dtype=dtype, partial_over_tp=partial
-        )
+        create_parameter(self, "weight", (HIDDEN, HIDDEN), init_method=_normal, dtype=dtype, partial_over_tp=partial)
         create_parameter(self, "router", (TOPK, HIDDEN), init_method=_normal, dtype=dtype, partial_over_tp=partial)
         self.experts = GroupedMLP(EXPERTS // parallel_state.get_expert_model_parallel_world_size(), config)
 
@@ -143,9 +141,7 @@ def backward(
     finalize_model_grads(model, parallel_state.get_tensor_model_parallel_group())
 
 
-def train(
-    model: ToyMoEModel, optimizer: MegatronOptimizer, steps: range, micro_batches: int = 1
-) -> list[StepResult]:
+def train(model: ToyMoEModel, optimizer: MegatronOptimizer, steps: range, micro_batches: int = 1) -> list[StepResult]:
     """Some steps of training."""
     results = []
     for step in steps:
