@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -68,6 +69,14 @@ class DispatchState:
     num_dropped: Tensor | None = None
 
 
+def _stride(group: ProcessGroup | None, outer: ProcessGroup | None) -> int:
+    """How far apart, in `outer`, neighbours of `group` are: the order of the ranks' axes is the user's choice."""
+    if group is None or outer is None or group_size(group) == 1:
+        return 0
+    ranks, outer_ranks = dist.get_process_group_ranks(group), dist.get_process_group_ranks(outer)
+    return outer_ranks.index(ranks[1]) - outer_ranks.index(ranks[0])
+
+
 class TokenDispatcher(ABC):
     """What the dispatchers share: who holds which expert, and what does not fit into the experts' capacity.
 
@@ -89,9 +98,7 @@ class TokenDispatcher(ABC):
         self.etp_size = group_size(groups.expt_tp)
         self.num_experts = num_local_experts * self.ep_size
         assert self.ep_size * self.etp_size == self.size, "tp_ep joins the ranks of ep and of expt_tp"
-        # A rank order such as "ep-tp-..." makes the expert rank the fastest varying one.
-        etp_is_fastest = group_rank(self.group) == self.ep_rank * self.etp_size + group_rank(groups.expt_tp)
-        self.ep_stride, self.etp_stride = (self.etp_size, 1) if etp_is_fastest else (1, self.ep_size)
+        self.ep_stride, self.etp_stride = _stride(groups.ep, self.group), _stride(groups.expt_tp, self.group)
 
     def dispatch(self, tokens: Tensor, probs: Tensor, indices: Tensor) -> Dispatched:
         """Bring each token to the ranks of its experts.
@@ -143,12 +150,10 @@ class TokenDispatcher(ABC):
     def _destinations(self, indices: Tensor) -> Tensor:
         """Where each slot (token, choice, copy) goes: rank * E/EP + local expert, [t k ETP]; S * E/EP is nowhere."""
         copies = torch.arange(self.etp_size, device=indices.device)
-        ep_rank, expert = (
-            (indices // self.num_local_experts)[:, :, None],
-            (indices % self.num_local_experts)[:, :, None],
-        )
+        indices = indices[:, :, None]
+        ep_rank, expert = indices // self.num_local_experts, indices % self.num_local_experts
         destinations = (ep_rank * self.ep_stride + copies * self.etp_stride) * self.num_local_experts + expert
-        dropped = (indices == self.num_experts)[:, :, None]
+        dropped = indices == self.num_experts
         return torch.where(dropped, self.size * self.num_local_experts, destinations).flatten()
 
 

@@ -1,0 +1,193 @@
+"""MoELayer in one process: the dense formula, capacity, recomputation, names, and a host that never waits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.transformer import moe
+from megatron_lite.transformer.mlp import MLP
+from megatron_lite.transformer.moe import flex_dispatcher
+from megatron_lite.transformer.moe.capacity import expert_capacity, pairs_within_capacity
+from megatron_lite.transformer.moe.moe_layer import MoELayer
+from megatron_lite.transformer.moe.token_dispatcher import build_token_dispatcher
+from megatron_lite.transformer.transformer_block import TransformerBlock
+from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.transformer.transformer_layer import TransformerLayer
+
+CAPACITIES: list[dict[str, Any]] = [
+    {},
+    {"moe_expert_capacity_factor": 0.6},
+    {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "position"},
+    {"moe_expert_capacity_factor": 2.5},
+    {"moe_expert_capacity_factor": 0.6, "moe_pad_expert_input_to_capacity": True},
+    {"moe_expert_capacity_factor": 2.5, "moe_pad_expert_input_to_capacity": True},
+]
+KINDS = pytest.mark.parametrize("kind", ["allgather", "alltoall"])
+
+
+def config(**settings: Any) -> TransformerConfig:
+    shape = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "fp64": True, "init_method_std": 0.3}
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_router_topk": 2, "add_bias_linear": False}
+    return TransformerConfig(**{**shape, **experts, **settings})
+
+
+def filled(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+def dense(layer: MoELayer, x: Tensor) -> Tensor:
+    """sum over the chosen experts of p * fc2(gelu(fc1(x))), every expert computed for every token."""
+    probs, indices = layer.router(x)
+    settings, experts = layer.config, layer.experts
+    if settings.moe_expert_capacity_factor is not None:
+        flat, chosen = probs.flatten(0, 1), indices.flatten(0, 1)
+        capacity = expert_capacity(len(flat), 2, 4, settings.moe_expert_capacity_factor)
+        kept = pairs_within_capacity(flat, chosen, 4, capacity, settings.moe_token_drop_policy)
+        probs = probs * kept.view_as(probs)
+    hidden = torch.nn.functional.gelu(torch.einsum("sbh,efh->sbef", x, experts.weight1), approximate="tanh")
+    of_all = torch.einsum("sbef,ehf->sbeh", hidden, experts.weight2)
+    chosen = of_all.gather(2, indices[..., None].expand(-1, -1, -1, x.size(-1)))
+    return (chosen * probs[..., None]).sum(2)
+
+
+@KINDS
+@pytest.mark.parametrize("settings", CAPACITIES, ids=str)
+def test_the_layer_is_the_sum_over_the_chosen_experts(kind: str, settings: dict[str, Any]) -> None:
+    """Output and all gradients. Fails with the rows that drops leave over not masked by probability 0."""
+    layer = filled(MoELayer(config(moe_token_dispatcher_type=kind, **settings), 1))
+    assert isinstance(layer, MoELayer)
+    x = torch.randn(6, 3, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    inputs = [x, *layer.parameters()]
+    ours, expected = layer(x), dense(layer, x)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    of_ours = torch.autograd.grad((ours * weight).sum(), inputs)
+    of_dense = torch.autograd.grad((expected * weight).sum(), inputs)
+    for one, other in zip(of_ours, of_dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_dropped_pairs_are_recorded() -> None:
+    layer = filled(MoELayer(config(moe_expert_capacity_factor=0.5), 1))
+    recorded: list[Tensor] = []
+    layer.router.record_dropped = recorded.append
+    layer(torch.randn(6, 3, 16, dtype=torch.float64))
+    capacity = expert_capacity(18, 2, 4, 0.5)
+    assert [int(one) for one in recorded] == [36 - 4 * capacity], "every expert is over its capacity"
+
+
+class NoWaiting(TorchDispatchMode):
+    """Forbids what makes the host wait for the device."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(one) for one in self.forbidden), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@KINDS
+@pytest.mark.parametrize("settings", CAPACITIES, ids=str)
+def test_one_rank_never_waits_for_the_device(
+    kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not by tolist, which no operator shows. Fails with kept pairs picked by a mask."""
+
+    def refuse(self: Tensor) -> Any:
+        raise AssertionError("the host reads a tensor")
+
+    dispatcher = build_token_dispatcher(config(moe_token_dispatcher_type=kind, **settings), 4)
+    indices = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    tokens, probs = torch.randn(6, 16, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+    for name in ("tolist", "item", "__int__", "__bool__", "__index__", "__float__"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    with NoWaiting():
+        rows, row_probs, _, state = dispatcher.dispatch(tokens, probs, indices)
+        out = dispatcher.combine(rows * row_probs[:, None], state)
+        out.backward(torch.ones_like(out))
+
+
+@KINDS
+@pytest.mark.parametrize("settings", CAPACITIES, ids=str)
+def test_sizes_follow_from_shapes_alone(kind: str, settings: dict[str, Any]) -> None:
+    """On the meta device there is no data to look at."""
+    dispatcher = build_token_dispatcher(config(moe_token_dispatcher_type=kind, **settings), 4)
+    tokens, probs = torch.empty(6, 16, device="meta"), torch.empty(6, 2, device="meta")
+    rows, row_probs, counts, state = dispatcher.dispatch(tokens, probs, probs.long())
+    assert (rows.shape[0], counts.shape) == (row_probs.shape[0], (4,))
+    assert dispatcher.combine(rows, state).shape == (6, 16)
+
+
+@pytest.mark.parametrize("module", ["moe", "moe_act"])
+def test_recomputing_changes_nothing(module: str) -> None:
+    """Gradients and recorded statistics. Fails with checkpoint() left out, by the number of calls of the router."""
+    x = torch.randn(6, 3, 16, dtype=torch.float64)
+    found = []
+    for settings in ({}, {"recompute_granularity": "selective", "recompute_modules": [module]}):
+        layer = filled(TransformerLayer(config(moe_aux_loss_coeff=0.1, **settings), 1))
+        calls: list[Any] = []
+        layer.mlp.router.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        inner = x.clone().requires_grad_()
+        layer(inner).square().sum().backward()
+        statistics = [layer.mlp.router.tokens_per_expert.clone(), layer.mlp.router.sums.clone()]
+        found.append([inner.grad, *(one.grad for one in layer.parameters()), *statistics])
+        assert len(calls) == (2 if settings and module == "moe" else 1)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_recomputing_mlp_means_dense_layers_and_moe_the_others() -> None:
+    settings = {"moe_layer_freq": [0, 1], "recompute_granularity": "selective"}
+    for modules, expected in ((["mlp"], [True, False]), (["moe"], [False, True]), (["mlp", "moe"], [True, True])):
+        block = TransformerBlock(config(recompute_modules=modules, **settings))
+        assert [layer.recompute_mlp for layer in block.layers.values()] == expected
+
+
+def test_the_frequency_decides_which_layers_have_experts() -> None:
+    def kinds(frequency: Any) -> list[type]:
+        block = TransformerBlock(config(moe_layer_freq=frequency, num_layers=4))
+        return [type(layer.mlp) for layer in block.layers.values()]
+
+    assert kinds(1) == [MoELayer] * 4
+    assert kinds(2) == [MoELayer, MLP, MoELayer, MLP]
+    assert kinds([0, 1, 1, 0]) == [MLP, MoELayer, MoELayer, MLP]
+
+
+def test_names() -> None:
+    layer = TransformerLayer(config(moe_shared_expert_intermediate_size=8, moe_shared_expert_gate=True), 1)
+    assert [name for name, _ in layer.mlp.named_parameters()] == [
+        "router.weight",
+        "experts.weight1",
+        "experts.weight2",
+        "shared_experts.gate_weight",
+        "shared_experts.linear_fc1.weight",
+        "shared_experts.linear_fc2.weight",
+    ]
+
+
+def test_public_names_are_found() -> None:
+    assert all(getattr(moe, name) is not None for name in moe.__all__)
+    with pytest.raises(AttributeError, match="Unknown"):
+        moe.Unknown  # noqa: B018
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ConfigError, match="num_moe_experts is None"):
+        MoELayer(config(num_moe_experts=None))
+    with pytest.raises(ConfigError, match=r"moe_token_dispatcher_type is 'pigeon', .* alltoall"):
+        build_token_dispatcher(config(moe_token_dispatcher_type="pigeon"), 4)
+
+
+def test_flex_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_dispatcher, "deep_ep_is_installed", lambda: False)
+    with pytest.raises(ConfigError, match=r"deep_ep .* not installed; build it .* alltoall"):
+        build_token_dispatcher(config(moe_token_dispatcher_type="flex"), 4)
