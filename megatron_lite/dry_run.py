@@ -161,7 +161,7 @@ def _layout_lines(run: RunConfig) -> Iterator[str]:
 def _expert_groups(run: RunConfig) -> list[tuple[str, dist.ProcessGroup | None]]:
     sizes = run.transformer
     experts, ep = sizes.num_moe_experts or 0, sizes.expert_model_parallel_size
-    own = f"expert 0 to {experts // ep - 1}" if experts > ep else "expert 0"
+    own = f"experts 0 to {experts // ep - 1}" if experts > ep else "expert 0"
     return [
         (
             f"expert parallel {ep} ({own} of {experts} here, by {sizes.moe_token_dispatcher_type})",

@@ -93,6 +93,74 @@ def test_padding_takes_memory_and_is_not_counted_as_tokens() -> None:
     assert memory_of(run, size).compute_weights == 1000 * 4  # context parallel ranks share gradients, as data parallel
 
 
+def test_mixtral_on_64_ranks() -> None:
+    """8 experts over 8 ranks, each expert on 8 of the 64: rank 0 has expert 0 and stores an eighth of it.
+
+    Mutations: experts sharded over all 64 data parallel ranks, or counted as dense, change the numbers.
+    """
+    report = describe(run_of("mixtral_8x7b", 64))
+    assert "expert parallel 8 (expert 0 of 8 here, by alltoall): rank 0 works with ranks 0, 1, 2, 3, 4, 5" in report
+    assert "expert tensor parallel 1: rank 0 works alone" in report
+    assert "expert data parallel 8: rank 0 works with ranks 0, 8, 16, 24, 32, 40, 48, 56" in report
+    assert "mesh of the experts: pp 1, edp_replicate 1, edp_shard 8, ep 8, etp 1" in report
+    assert number_after(report, "whole model:") == 46_702_792_704
+    assert number_after(report, "active for a token:") == 12_879_925_248
+    expert = 32 * 3 * 4096 * 14336
+    dense = 46_702_792_704 - 8 * expert
+    assert number_after(report, "computed with by rank 0:") == dense + expert
+    assert f"({expert:,} of experts)" in report
+    # The 8 rows of a router do not divide by 64: rank 0 stores one of them.
+    uneven = 32 * (4096 - 8 * 4096 // 64)
+    assert number_after(report, "stored by rank 0 between steps:") == dense // 64 + expert // 8 + uneven
+    assert float(report.split("  sum ")[1].split()[0]) < 72
+
+
+def test_experts_split_over_tensor_ranks() -> None:
+    """ETP 2 x EP 2 on 8 ranks of TP 4: half of the experts, half of each, on every fourth rank. No layer is alike."""
+    words = "--tensor-model-parallel-size 4 --expert-tensor-parallel-size 2 --global-batch-size 16"
+    report = describe(run_of("quickstart_moe", 8, *words.split()))
+    assert "expert parallel 2 (experts 0 to 3 of 8 here, by alltoall): rank 0 works with ranks 0, 2" in report
+    assert "expert tensor parallel 2: rank 0 works with ranks 0, 1" in report
+    assert "expert data parallel 2: rank 0 works with ranks 0, 4" in report
+    assert "mesh of the experts: pp 1, edp_replicate 2, edp_shard 1, ep 2, etp 2" in report
+    experts = 3 * 8 * 3 * 256 * 512
+    assert f"({experts // 4:,} of experts)" in report
+    assert "(2 of 8 experts in 3 of 4 layers)" in report
+
+
+def test_experts_without_copies_are_not_gathered() -> None:
+    """EP 2 on 2 ranks, in float32. Mutation: judge experts by the data parallel size, which is 2."""
+    run = run_of("quickstart_moe", 2)
+    part = Part(shard=1000, stored=1000, largest_layer=100, in_layers=400)
+    assert memory_of(run, ModelSize(9, 9, 0, Part(), part)).compute_weights == 0
+    assert memory_of(run, ModelSize(9, 9, 0, part)).compute_weights == 4000
+    assert memory_of(run, ModelSize(9, 9, 0, Part(), part)).master_weights == 4000
+
+
+def test_activations_of_experts() -> None:
+    """3 of 4 layers: for each of 2 choices a row of 256 and three activations of 512; moe_act keeps two of them."""
+    dense = 4 * 256 + 32 * 32
+    words = ["--recompute-granularity", "selective", "--recompute-modules"]
+    for modules, kept in ((["core_attn"], 2 * (256 + 3 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
+        run = run_of("quickstart_moe", 2, *words, *modules)
+        assert activation_bytes(run) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * kept)
+    shared = run_of("quickstart_moe", 2, *words, "core_attn", "--moe-shared-expert-intermediate-size", "128")
+    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (256 + 3 * 512) + 3 * 128))
+
+
+def test_a_pipeline_is_described_by_its_first_stage() -> None:
+    """4 stages of 8 layers; the first also has the embedding. Training refuses it, so the report says so.
+
+    Mutation: build the whole model for rank 0; it computes with all 32 layers.
+    """
+    report = describe(run_of("llama3_8b", 8, "--pipeline-model-parallel-size", "4"))
+    assert report.startswith("--pipeline-model-parallel-size 4: described, but not trained yet")
+    assert "pipeline parallel 4 (described below: the first stage): rank 0 works with ranks 0, 2, 4, 6" in report
+    layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
+    assert number_after(report, "whole model:") == 8_030_261_248
+    assert number_after(report, "computed with by rank 0:") == 8 * layer + 128_256 * 4096
+
+
 def test_groups_of_two_levels() -> None:
     words = "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
     assert "context parallel 4 by a2a+p2p of 2 x 2: rank 0" in describe(run_of("quickstart", 8, *words.split()))

@@ -2,9 +2,11 @@
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_lite import dry_run
 from megatron_lite.arguments import build_parser, build_run_config, parse_args, read_settings
 from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags
 from megatron_lite.arguments.options import all_options
@@ -47,6 +49,23 @@ LLAMA3_8B = shlex.split("""
     --log-interval 1 --eval-iters 32 --eval-interval 100 --save-interval 1000 --log-throughput --profile
     --profile-step-start 4 --profile-step-end 6 --ckpt-format torch_dist --distributed-timeout-minutes 60
     --save checkpoints --load checkpoints --tensorboard-dir logs
+""")
+
+MIXTRAL_8X7B = shlex.split("""
+    --use-mcore-models --disable-bias-linear --seq-length 4096 --max-position-embeddings 32768 --num-layers 32
+    --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --init-method-std 0.01 --attention-dropout 0.0
+    --hidden-dropout 0.0 --normalization RMSNorm --position-embedding-type rope --swiglu
+    --untie-embeddings-and-output-weights --group-query-attention --num-query-groups 8 --no-masked-softmax-fusion
+    --no-position-embedding --rotary-base 1000000
+    --num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+    --moe-grouped-gemm --moe-token-dispatcher-type alltoall --overlap-param-gather --overlap-grad-reduce
+    --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --data-path data_text_document --split 99990,8,2
+    --micro-batch-size 1 --global-batch-size 256 --lr 1e-4 --train-iters 500000 --lr-decay-iters 320000
+    --lr-decay-style cosine --min-lr 1.0e-5 --weight-decay 0.1 --lr-warmup-iters 500 --clip-grad 1.0 --bf16
+    --tensor-model-parallel-size 1 --pipeline-model-parallel-size 4 --expert-model-parallel-size 8
+    --use-distributed-optimizer --sequence-parallel
+    --log-interval 1 --save-interval 10000 --eval-interval 1000 --eval-iters 10 --save checkpoints --load checkpoints
+    --tensorboard-dir checkpoints/tensorboard --no-load-optim --no-load-rng
 """)
 
 LLAMA3_8B_FP8 = shlex.split("""
@@ -161,6 +180,31 @@ def test_gpt3_example_is_valid_without_pipeline_stages() -> None:
     assert run.world_size == 8
     assert run.transformer.fp16
     assert run.training.step_batch_size_schedule is not None
+
+
+def test_mixtral_example_passes_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, on 4 x 8 ranks; only the file of the tokenizer, which its user names, is made up.
+
+    Mutations: refuse --no-position-embedding with rope, or pipeline stages in a dry run.
+    """
+    monkeypatch.setattr(dry_run, "build_tokenizer", lambda config: SimpleNamespace(vocab_size=32000))
+    report = dry_run.describe(parse_args([*MIXTRAL_8X7B, "--dry-run", "--world-size", "32"]))
+    assert "whole model: 46,702,792,704\n" in report
+    assert "active for a token: 12,879,925,248 (2 of 8 experts in 32 of 32 layers)" in report
+    assert "expert parallel 8 (expert 0 of 8 here, by alltoall): rank 0 works with ranks 0, 1, 2, 3, 4, 5" in report
+    assert "--no-position-embedding" not in report
+
+
+def test_mixtral_example_is_valid_without_pipeline_stages() -> None:
+    run = parse_args([*MIXTRAL_8X7B, "--pipeline-model-parallel-size", "1"])
+    assert run.transformer.balance_coefficients == {"aux_loss": 1e-2}
+    assert run.transformer.moe_ffn_hidden_size == 14336
+
+
+def test_no_position_embedding_without_rope_is_refused() -> None:
+    (problem,) = read_settings(["--no-position-embedding"]).problems
+    assert "write --position-embedding-type none" in problem
+    assert not read_settings(["--no-position-embedding", "--position-embedding-type", "rope"]).problems
 
 
 def test_llama3_example_is_valid() -> None:

@@ -9,6 +9,7 @@ import torch
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.tokenizers.null_tokenizer import NullTokenizer
 from megatron_lite.training.setup import model_of
 
@@ -31,9 +32,16 @@ PUBLISHED = {
     "llama3_8b_128k": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "qwen3_8b": 8_190_735_360,
+    "mixtral_8x7b": 46_702_792_704,
+    "mixtral_8x22b": 140_620_634_112,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
 WORLDS = {
     "quickstart": 2,
+    "quickstart_moe": 2,
+    "mixtral_8x7b": 64,
+    "mixtral_8x22b": 256,
+    "qwen3_30b_a3b": 32,
     "gpt2_124m": 1,
     "gpt3_175b": 1024,
     "llama3_8b": 8,
@@ -52,7 +60,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> RunConfig:
 
 def build_whole_model(run: RunConfig) -> GPTModel:
     """The model in one piece, without storage."""
-    transformer = replace(run.transformer, context_parallel_size=1)
+    transformer = replace(run.transformer, context_parallel_size=1, expert_model_parallel_size=1)
     with torch.device("meta"):
         return build_gpt_model(transformer, run.gpt, run.gpt.vocab_size or 0, run.data.seq_length or 0)
 
@@ -77,10 +85,26 @@ def test_a_preset_has_the_published_number_of_parameters(name: str, monkeypatch:
     assert (padding > 0) == name.startswith("gpt")
 
 
+# Published to the first digit behind the point, in billions, as 12.9, 39 and 3.3.
+ACTIVE = {
+    "mixtral_8x7b": 12_879_925_248,
+    "mixtral_8x22b": 39_152_031_744,
+    "qwen3_30b_a3b": 3_353_032_704,
+    "qwen3_8b": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_token_meets_the_published_number_of_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: 7 experts of Qwen3 instead of 8, or the dense width for its experts, is another number."""
+    run = load(name, monkeypatch)
+    assert count_parameters(build_whole_model(run), run.transformer).active == ACTIVE[name]
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_preset_is_valid_and_fits_a_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(name, monkeypatch)
-    assert run.notices == () or name == "quickstart"
+    assert run.notices == () or name.startswith("quickstart")
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
     assert len(lines) <= 50
