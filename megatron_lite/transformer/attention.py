@@ -100,7 +100,7 @@ class SelfAttention(MegatronModule):
             attention_mask: None, or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
             rotary_pos_emb: (cos, sin) of RotaryEmbedding for the positions of this input, or None.
             inference_context: cache to append this input's keys and values to, and to attend to.
-            packed_seq_params: where the documents of a packed row (b = 1) are; each is attended to on its own.
+            packed_seq_params: where the documents are in the sequences, one behind the other.
 
         Returns:
             [s, b, h], under sequence parallelism [s/tp, b, h].

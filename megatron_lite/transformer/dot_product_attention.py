@@ -98,7 +98,8 @@ class DotProductAttention(MegatronModule):
                 type forbids later positions too, so the mask may leave them out.
             attn_mask_type: overrides the type given at construction.
             attention_bias: not supported, must be None.
-            packed_seq_params: where the documents of a packed row are; each token sees its own document only.
+            packed_seq_params: where the documents are in the tokens of the b sequences, one behind the other; each
+                token sees its own document only.
 
         Returns:
             [sq, b, n * d]; for [t, n, d] [t, n * d]. A query that may look nowhere gives zeros.
@@ -117,6 +118,11 @@ class DotProductAttention(MegatronModule):
             return self.forward(
                 query, key, value, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params
             ).squeeze(1)
+        if packed is not None and query.size(1) > 1:
+            length, batch = query.shape[:2]
+            query, key, value = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (query, key, value))
+            row = self.forward(query, key, value, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params)
+            return row.view(batch, length, -1).transpose(0, 1)
         scale = 1.0 / math.sqrt(query.size(-1)) if self.softmax_scale is None else self.softmax_scale
         needs_mask = self.window_size is not None or (self.attention_dropout > 0.0 and self.training)
 
@@ -213,11 +219,19 @@ class DotProductAttention(MegatronModule):
         if self.context.size == 1 and packed is None:
             return  # torch's SDPA checks the rest
         _check_shapes(query, key, value, packed is not None)
-        if packed is not None and packed.layout.stretches[-1] != query.size(0) * self.context.size:
+        if packed is None:
+            return
+        length, batch = query.size(0) * self.context.size, query.size(1) if query.dim() == 4 else 1
+        if packed.layout.stretches[-1] != length * batch:
             raise ConfigError(
-                f"packed_seq_params describes {packed.layout.stretches[-1]} tokens, but the query has {query.size(0)} "
-                f"on each of {self.context.size} context parallel ranks; its lengths are those of the whole row, with "
-                "padding."
+                f"packed_seq_params describes {packed.layout.stretches[-1]} tokens, but there are {batch} sequences of "
+                f"{length} ({query.size(0)} on each of {self.context.size} context parallel ranks); its lengths are "
+                "those of whole sequences, with padding."
+            )
+        if not set(range(0, length * batch, length)) <= set(packed.layout.stretches):
+            raise ConfigError(
+                f"packed_seq_params is split at {packed.layout.stretches}, but each of the {batch} sequences of "
+                f"{length} tokens must be split by itself; give cu_seqlens_split."
             )
 
     def _needs_no_mask(self, query_length: int, key_length: int, causal: bool) -> bool:
@@ -233,7 +247,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> No
     q, k, v = (list(x.shape) for x in (query, key, value))
     if len(q) != 4 and not (packed and len(q) == 3):
         raise ConfigError(
-            f"query has the shape {q}, but it must be [s, b, n, d] (packed also [t, n, d], with packed_seq_params)."
+            f"query has the shape {q}, but it must be [s, b, n, d] (with packed_seq_params also [t, n, d])."
         )
     if q[0] != k[0]:
         raise ConfigError(
@@ -244,11 +258,6 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> No
         raise ConfigError(
             f"query, key and value have the shapes {q}, {k} and {v}, but keys and values must have one shape, which "
             "differs from that of the queries in the number of heads only, and this must divide theirs."
-        )
-    if packed and len(q) == 4 and q[1] != 1:
-        raise ConfigError(
-            f"query has the shape {q} and packed_seq_params is given, but a packed row is [t, 1, n, d] or [t, n, d]; "
-            f"put the {q[1]} sequences behind one another in one row."
         )
 
 

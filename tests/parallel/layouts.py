@@ -5,6 +5,7 @@ cross entropy, clipping and SGD. Every layout has to reproduce its loss, its gra
 and its weights after many steps.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,9 @@ from megatron_lite.training.evaluate import evaluate
 from megatron_lite.training.initialize import set_random_seed
 from megatron_lite.training.setup import build_gpt, build_model
 from megatron_lite.training.step import forward_backward, train_step
+from megatron_lite.transformer.moe import auxiliary_losses
+from megatron_lite.transformer.moe.router import TopKRouter
+from megatron_lite.transformer.moe.statistics import is_recomputation, update_expert_bias
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.mutations import mutation
 
@@ -60,6 +64,10 @@ class Layout:
     compiled: bool = False
     documents: bool = False
     hole: bool = False
+    moe: str | None = None
+    ep: int = 1
+    etp: int | None = None
+    dispatcher: str = "alltoall"
 
     @property
     def world_size(self) -> int:
@@ -85,16 +93,21 @@ class Layout:
         parts += [f"recompute-{self.recompute}"] * (self.recompute is not None)
         parts += ["mean-of-means"] * (not self.per_token_loss) + ["compiled"] * self.compiled
         parts += ["documents"] * self.documents + ["hole"] * self.hole
+        if self.moe is not None:
+            parts += [f"moe-{self.moe}", f"ep{self.ep}"] + [f"etp{self.etp}"] * (self.etp is not None)
+            parts += [self.dispatcher]
         return "-".join(parts)
 
     @property
     def model(self) -> "Layout":
         """The same model on one process: what its reference is computed with.
 
-        The mean of micro-batch means is another objective for each number of micro-batches, so that number is kept.
+        The mean of micro-batch means and the balance losses of experts are another objective for each number of
+        micro-batches, so that number is kept.
         """
+        by_micro_batch = not self.per_token_loss or self.moe is not None
         return Layout(
-            accumulation=1 if self.per_token_loss else self.dp * self.accumulation,
+            accumulation=self.dp * self.accumulation if by_micro_batch else 1,
             per_token_loss=self.per_token_loss,
             tied=self.tied,
             normalization=self.normalization,
@@ -103,7 +116,39 @@ class Layout:
             positions=self.positions,
             documents=self.documents,
             hole=self.hole,
+            moe=self.moe,
         )
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "aux": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.2, "moe_z_loss_coeff": 0.01},
+    "sequence": {
+        "moe_router_load_balancing_type": ["seq_aux_loss", "aux_loss"],
+        "moe_aux_loss_coeff": [0.3, 0.1],
+        "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 1.5,
+    },
+    "bias": {  # DeepSeek-V3: sigmoid, groups, expert bias, shared expert
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.01,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": 0.05,
+    },
+    "gated": {  # Qwen2-MoE: gated shared expert, every second layer
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_shared_expert_gate": True,
+        "moe_layer_freq": [0, 1],
+        "moe_aux_loss_coeff": 0.1,
+    },
+    "global": {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.2},
+    "sinkhorn": {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1},
+    "gmlp": {"moe_router_type": "gmlp", "moe_router_topk": 3, "moe_aux_loss_coeff": 0.1},
+}
+"""Kinds of mixtures of experts, 8 experts each."""
 
 
 @dataclass
@@ -115,6 +160,7 @@ class Result:
     gradients: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    choices: list[int] = field(default_factory=list)
 
 
 def transformer_config(layout: Layout) -> TransformerConfig:
@@ -122,11 +168,23 @@ def transformer_config(layout: Layout) -> TransformerConfig:
     recompute: dict[str, object] = {}
     if layout.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
+        if layout.moe is not None:
+            recompute["recompute_modules"] = ["core_attn", "moe"]
     elif layout.recompute is not None:
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": layout.recompute,
             "recompute_num_layers": 1,
+        }
+    mixture: dict[str, Any] = {}
+    if layout.moe is not None:
+        mixture = {
+            "num_moe_experts": 8,
+            "moe_ffn_hidden_size": 32,
+            "expert_model_parallel_size": layout.ep,
+            "expert_tensor_parallel_size": layout.etp,
+            "moe_token_dispatcher_type": layout.dispatcher,
+            **MIXTURES[layout.moe],
         }
     return TransformerConfig(
         num_layers=2,
@@ -147,6 +205,7 @@ def transformer_config(layout: Layout) -> TransformerConfig:
         fp64=True,
         calculate_per_token_loss=layout.per_token_loss,
         **recompute,  # type: ignore[arg-type]
+        **mixture,
     )
 
 
@@ -174,6 +233,7 @@ def global_batch(step: int, layout: Layout) -> dict[str, Tensor]:
         "labels": text[:, 1:].contiguous(),
         "loss_mask": (order < valid[:, None]).double(),
         "position_ids": torch.arange(SEQUENCE).repeat(GLOBAL_BATCH, 1),
+        "token_numbers": torch.arange(GLOBAL_BATCH * SEQUENCE).view(GLOBAL_BATCH, SEQUENCE),
     }
     if layout.hole:  # chunks 1 to 6 of 8: all that rank 1 of 2, and ranks 1 to 3 of 4, hold
         batch["loss_mask"][:, SEQUENCE // 8 : SEQUENCE * 7 // 8] = 0.0
@@ -199,48 +259,105 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
+class Choices:
+    """A number for each step that depends on which experts each token went to, in each layer, and on nothing else.
+
+    Of (token, layer, expert) an integer is made that looks random, and these are added up, over all ranks too.
+    """
+
+    def __init__(self, model: nn.Module, tp_rank: int = 0) -> None:
+        self.total = torch.zeros((), dtype=torch.int64)
+        self.token_numbers = torch.empty(0, dtype=torch.int64)
+        self._tp_rank = tp_rank
+        self._coming: Iterator[MicroBatch] = iter(())
+        model.register_forward_pre_hook(self._next)
+        for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+            router.register_forward_hook(self._add)
+
+    def _add(self, router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        if not router.training or is_recomputation():
+            return
+        length = inputs[0].size(0)
+        numbers = self.token_numbers.t()
+        mine = numbers.split(length)[self._tp_rank if numbers.size(0) > length else 0]
+        mixed = (mine.unsqueeze(-1) * 8 + output[1].view(*mine.shape, -1)) * 64 + router.layer_number  # type: ignore[operator]
+        mixed = (mixed + 1) * 2654435761
+        self.total += (mixed ^ (mixed >> 13)).mul(40503).sum()
+
+    def follow(self, batches: list[MicroBatch]) -> None:
+        """The micro-batches that the model will read next."""
+        self._coming = iter(batches)
+
+    def _next(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.token_numbers = next(self._coming)["token_numbers"]
+
+    def of_step(self) -> int:
+        """The number of the step that ends; collective."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.total)
+        number = int(self.total)
+        self.total.zero_()
+        return number
+
+
 def reference(layout: Layout, steps: int) -> Result:
     """The model of `layout` trained by plain torch in this process."""
     model = build_gpt(transformer_config(layout.model), gpt_config(layout.model), VOCABULARY, SEQUENCE)
     model.to_empty(device="cpu")
     initialize_parameters(model, SEED)
+    for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+        router.reset_buffers()
+    choices = Choices(model)
     parameters = dict(model.named_parameters())
-    decayed = [p for name, p in parameters.items() if p.dim() > 1]
-    others = [p for name, p in parameters.items() if p.dim() == 1]
+    decayed = [p for name, p in parameters.items() if p.dim() > 1 and "bias" not in name]
+    others = [p for name, p in parameters.items() if p.dim() == 1 or "bias" in name]
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
         lr=LEARNING_RATE,
         momentum=MOMENTUM,
     )
     result: Result | None = None
-    losses = []
+    losses, chosen = [], []
     for step in range(steps):
         optimizer.zero_grad()
         batch = global_batch(step, layout)
-        objective, loss = _plain_losses(model, batch, layout)
+        auxiliary_losses.set_scale(torch.tensor(1.0 / layout.model.accumulation, dtype=torch.float64))
+        objective, loss = _plain_losses(model, batch, layout, choices)
         objective.backward()
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         if result is None:
             result = Result(loss.item(), norm.item(), gradients)
         losses.append(loss.item())
+        chosen.append(choices.of_step())
         optimizer.step()
+        update_expert_bias(model, None)
     assert result is not None
-    result.losses = losses
+    result.losses, result.choices = losses, chosen
     result.weights = {name: whole(p) for name, p in parameters.items()}
     return result
 
 
-def _plain_losses(model: nn.Module, batch: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
-    """What is minimized, and what is reported: the mean over tokens, which is also minimized by default."""
-    logits = model(batch["tokens"], batch["position_ids"], _document_mask(batch))
-    losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-    mask = batch["loss_mask"].flatten()
-    mean = (losses * mask).sum() / mask.sum()
-    if layout.per_token_loss:
-        return mean, mean
-    parts = zip((losses * mask).chunk(layout.model.accumulation), mask.chunk(layout.model.accumulation), strict=True)
-    return torch.stack([part.sum() / valid.sum().clamp(min=1) for part, valid in parts]).mean(), mean
+def _plain_losses(
+    model: nn.Module, batch: dict[str, Tensor], layout: Layout, choices: Choices
+) -> tuple[Tensor, Tensor]:
+    """What is minimized, and what is reported: the mean over tokens, which is also minimized by default.
+
+    One forward for each micro-batch; the balance losses of experts, which depend on them, are attached inside.
+    """
+    tokens = batch["loss_mask"].sum()
+    sums, means = [], []
+    parts = {name: tensor.chunk(layout.model.accumulation) for name, tensor in batch.items()}
+    for number in range(layout.model.accumulation):
+        part = {name: tensors[number] for name, tensors in parts.items()}
+        choices.follow([part])
+        logits = model(part["tokens"], part["position_ids"], _document_mask(part))
+        losses = F.cross_entropy(logits.flatten(0, 1), part["labels"].flatten(), reduction="none")
+        mask = part["loss_mask"].flatten()
+        sums.append((losses * mask).sum())
+        means.append(sums[-1] / mask.sum().clamp(min=1))
+    mean = torch.stack(sums).sum() / tokens
+    return (mean if layout.per_token_loss else torch.stack(means).mean()), mean
 
 
 def _document_mask(batch: dict[str, Tensor]) -> Tensor | None:
@@ -257,6 +374,8 @@ def initialize(layout: Layout) -> None:
         tensor_model_parallel_size=layout.tp,
         context_parallel_size=layout.cp,
         hierarchical_context_parallel_sizes=None if layout.hierarchy is None else list(layout.hierarchy),
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=layout.dp * layout.cp if layout.strategy == "no_shard" else layout.replicas,
     )
 
@@ -266,21 +385,25 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
     initialize(layout)
     with mutation(broken):
         model, optimizer = build(layout)
+        choices = Choices(model, parallel_state.get_tensor_model_parallel_rank())
         tp_group = parallel_state.get_tensor_model_parallel_group()
         dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         cp_group = parallel_state.get_context_parallel_group()
         dp_rank = parallel_state.get_data_parallel_rank()
 
         first = micro_batches(layout, 0, dp_rank)
+        choices.follow(first)
         forward_backward(
             model, optimizer, first, dp_cp_group=dp_cp_group, cp_group=cp_group, per_token_loss=layout.per_token_loss
         )
         finalize_model_grads(model, tp_group)
         gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
-        outputs = []
+        choices.total.zero_()
+        outputs, chosen = [], []
         for step in range(steps):
             batches = micro_batches(layout, step, dp_rank)
+            choices.follow(batches)
             outputs.append(
                 train_step(
                     model,
@@ -292,6 +415,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
                     per_token_loss=layout.per_token_loss,
                 )
             )
+            chosen.append(choices.of_step())
         weights = {name: whole(p) for name, p in model.named_parameters()}
     if broken is None:
         # T4: only rank 0 reports, so the others' copies of replicated parameters are compared here, bit for bit.
@@ -299,7 +423,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]
-    return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights)
+    return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights, chosen)
 
 
 class _HeldOut:
@@ -373,7 +497,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def deviations(actual: Result, expected: Result) -> dict[str, float]:
-    """The largest relative deviation of each kind: loss, norm, gradients, losses over the steps, weights."""
+    """The largest relative deviation of each kind, and the steps in which tokens went to other experts."""
     assert actual.gradients.keys() == expected.gradients.keys()
     assert actual.weights.keys() == expected.weights.keys()
     return {
@@ -382,4 +506,5 @@ def deviations(actual: Result, expected: Result) -> dict[str, float]:
         "gradients": max(relative_error(actual.gradients[n], g) for n, g in expected.gradients.items()),
         "losses": max(abs(a / e - 1.0) for a, e in zip(actual.losses, expected.losses, strict=True)),
         "weights": max(relative_error(actual.weights[n], w) for n, w in expected.weights.items()),
+        "choices": sum(a != e for a, e in zip(actual.choices, expected.choices, strict=True)),
     }

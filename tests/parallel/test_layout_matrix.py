@@ -69,6 +69,38 @@ LAYOUTS += [  # context parallelism
 ]
 
 
+LAYOUTS += [  # experts
+    Layout(moe="aux", accumulation=3),
+    Layout(moe="aux", ep=2, dp=2, accumulation=3, tied=False),
+    Layout(moe="aux", ep=2, dp=2, accumulation=3, dispatcher="allgather", strategy="optim_grads_params"),
+    Layout(moe="aux", ep=2, dp=4, strategy="optim_grads", accumulation=3),
+    Layout(moe="aux", ep=4, dp=4, accumulation=3, strategy="optim"),
+    Layout(moe="aux", dp=2, strategy="optim_grads_params", accumulation=2),  # experts whole on each rank
+    Layout(moe="gated", tp=2, accumulation=2),  # no sequence parallelism: the layer splits the tokens itself
+    Layout(moe="gated", tp=2, sp=True, accumulation=2, swiglu=True, tied=False),
+    Layout(moe="gated", tp=2, etp=1, accumulation=2),
+    Layout(moe="gated", tp=2, sp=True, etp=1, ep=2, accumulation=2, normalization="RMSNorm"),
+    Layout(moe="sequence", tp=2, sp=True, ep=2, etp=1, dp=2, strategy="optim_grads_params", accumulation=3),
+    Layout(moe="sequence", tp=2, ep=2, dp=2, accumulation=3, dispatcher="allgather", swiglu=True),
+    Layout(moe="bias", tp=2, sp=True, ep=2, dp=2, strategy="optim_grads", accumulation=2, positions="rope"),
+    Layout(moe="bias", tp=2, sp=True, etp=1, ep=4, dp=2, strategy="optim_grads_params", swiglu=True),  # tp2, ep4
+    Layout(moe="bias", etp=2, ep=2, dp=4, accumulation=3, strategy="optim_grads_params"),  # tp1, etp2, ep2
+    Layout(moe="aux", tp=4, etp=1, ep=2, accumulation=2),  # copies of experts where dense parameters have none
+    Layout(moe="aux", tp=2, sp=True, ep=4, dp=4, strategy="optim_grads_params", accumulation=3),
+    Layout(moe="aux", cp=2, ep=2, accumulation=3, query_groups=2),
+    Layout(moe="sequence", cp=2, ep=4, dp=2, comm="a2a", strategy="optim_grads", documents=True),  # cp2, ep4
+    Layout(moe="sequence", tp=2, sp=True, cp=2, ep=4, etp=1, comm="all_gather", strategy="optim", accumulation=2),
+    Layout(moe="gmlp", tp=2, sp=True, cp=2, dp=2, ep=2, etp=2, strategy="optim_grads_params", positions="rope"),
+    Layout(moe="gmlp", ep=2, dp=2, replicas=2, strategy="optim_grads", accumulation=2, dispatcher="allgather"),
+    Layout(moe="global", tp=2, sp=True, ep=2, etp=1, accumulation=3),
+    Layout(moe="global", cp=2, ep=2, accumulation=2),
+    Layout(moe="sinkhorn", dp=2, ep=2, accumulation=3),
+    Layout(moe="aux", ep=2, dp=2, accumulation=3, recompute="uniform", strategy="optim_grads_params"),
+    Layout(moe="bias", tp=2, sp=True, ep=2, etp=1, accumulation=2, recompute="selective"),
+    Layout(moe="aux", ep=2, dp=2, accumulation=3, per_token_loss=False),
+]
+
+
 @functools.cache
 def expected(model: Layout, steps: int) -> Result:
     """The reference of a model, computed once for all layouts that train it."""
@@ -86,6 +118,7 @@ def test_layout_equals_one_process(pool, layout):
     assert found["gradients"] <= GRADIENT_BOUND, found
     assert found["losses"] <= WEIGHT_BOUND, found
     assert found["weights"] <= WEIGHT_BOUND, found
+    assert found["choices"] == 0, found
 
 
 # The all-to-all, because dropout acts on the probabilities too.

@@ -1,7 +1,6 @@
 """GPTModel: embedding, decoder, and the output layer with the loss."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,8 +150,8 @@ class GPTModel(MegatronModule):
             attention_mask: None (causal), or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
             labels: [b, s] the tokens to predict; -100 is ignored.
             loss_mask: [b, s] weight of each token's loss; needs labels.
-            packed_seq_params: where the documents in the b * s tokens are, row after row; in the whole rows, before
-                the context parallel split. Each token sees its own document only.
+            packed_seq_params: where the documents are in the b * s tokens, one sequence behind the other, before the
+                context parallel split. Each token sees its own document only.
             inference_context: key/value cache; the tokens are appended to those already seen.
             decoder_input: [s, b, h] output of the previous part of the model, where pre_process is False.
 
@@ -164,14 +163,6 @@ class GPTModel(MegatronModule):
         Raises:
             ConfigError: a cache together with sequence parallelism.
         """
-        if packed_seq_params is not None and packed_seq_params.is_packed and input_ids.size(0) > 1:
-            return self._forward_as_one_row(
-                (input_ids, position_ids, labels, loss_mask),
-                attention_mask,
-                packed_seq_params,
-                inference_context,
-                decoder_input,
-            )
         if inference_context is not None and self.config.sequence_parallel:
             raise ConfigError(
                 "inference_context is given with sequence_parallel, but a single new token cannot be split over ranks; "
@@ -190,15 +181,6 @@ class GPTModel(MegatronModule):
         if not self.post_process:
             return hidden
         return self._logits(hidden) if labels is None else self._loss(hidden, labels, loss_mask)
-
-    def _forward_as_one_row(
-        self, batch: tuple[Tensor, Tensor, Tensor | None, Tensor | None], attention_mask: Tensor | None, *others: Any
-    ) -> Tensor:
-        """forward of packed rows [b, s] put behind one another; results [b, s, ...] as from forward."""
-        shape = batch[0].shape
-        tokens, positions, labels, loss_mask = (None if x is None else x.reshape(1, -1) for x in batch)
-        result: Tensor = self.forward(tokens, positions, attention_mask, labels, loss_mask, *others)  # type: ignore[arg-type]
-        return result.squeeze(0).unflatten(0, shape) if self.post_process else result
 
     def _prepare(self, packed_seq_params: PackedSeqParams | None) -> None:
         """Work out the documents' blocks here, once for all layers and outside of what is compiled."""

@@ -199,10 +199,26 @@ def test_packed_shapes_that_are_refused(window: tuple[int, int] | None) -> None:
             (query, key[..., :4], value[..., :4]),
             (query, key.squeeze(1), value.squeeze(1)),
         ],
-        "a packed row is": [draw()],
+        "there are 2 sequences of": [draw()],
         r"it must be \[s, b, n, d\]": [tuple(x.flatten(1) for x in rows)],
     }
     for message, cases in refused.items():
         for case in cases:
             with pytest.raises(ConfigError, match=message):
                 attention(*case, packed_seq_params=packed)
+
+
+def test_packed_batches_are_rows_behind_one_another() -> None:
+    """Two sequences with their own documents. Mutations: [s, b] not transposed; rows cut in the middle accepted."""
+    batch = draw()
+    documents = torch.tensor([0, 4, LENGTH, LENGTH + 1, 2 * LENGTH])
+    rows = PackedSeqParams(cu_seqlens_q=documents, cu_seqlens_split=torch.arange(3) * LENGTH)
+    attention = DotProductAttention(config(), 1)
+    together = attention(*batch, packed_seq_params=rows)
+    for number, cumulative in enumerate(([0, 4, LENGTH], [0, 1, LENGTH])):
+        alone = PackedSeqParams(cu_seqlens_q=torch.tensor(cumulative))
+        expected = attention(*(x[:, number : number + 1] for x in batch), packed_seq_params=alone)
+        torch.testing.assert_close(together[:, number : number + 1], expected)
+    whole = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 2 * LENGTH]))
+    with pytest.raises(ConfigError, match="must be split by itself"):
+        attention(*batch, packed_seq_params=whole)
