@@ -166,8 +166,8 @@ def _mesh_of_experts(
 ) -> DeviceMesh | None:
     """The 2-D mesh ("ep", "etp") of these groups; None where there is none to split over."""
     if ep_group is not None and etp_group is not None:
-        slices = parallel_state.get_mesh_of_group(ep_group), parallel_state.get_mesh_of_group(etp_group)
-        if all(one is not None and one.mesh_dim_names != ("tp",) for one in slices):
+        slices = [parallel_state.get_mesh_of_group(group) for group in (ep_group, etp_group)]
+        if [mesh and mesh.mesh_dim_names for mesh in slices] == [("ep",), ("etp",)]:
             return parallel_state.get_expert_mesh()["ep", "etp"]
         if tp_ep_group is not None:
             device_type = "cuda" if dist.get_backend(ep_group) == "nccl" else "cpu"

@@ -15,6 +15,8 @@ from megatron_lite.distributed import (
 from megatron_lite.model_parallel_config import ModelParallelConfig
 from megatron_lite.optimizer import OptimizerConfig, counts_here, get_megatron_optimizer, global_grad_statistics
 from megatron_lite.tensor_parallel import ColumnParallelLinear
+from megatron_lite.transformer.moe.experts import GroupedMLP
+from megatron_lite.transformer.transformer_config import TransformerConfig
 
 
 @pytest.fixture
@@ -42,6 +44,24 @@ def test_one_rank_trains_the_module_itself(mesh, strategy):
         "optimizer.state.0.weight.momentum_buffer",
         "optimizer.state.0.bias.momentum_buffer",
     }
+
+
+def test_experts_of_one_rank_are_left_as_they_are(mesh):
+    """Mutation: wrap them over their mesh whatever its size."""
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 8}
+    config = TransformerConfig(**sizes)
+    model = nn.ModuleDict({"experts": GroupedMLP(2, config)})
+    with pytest.raises(AssertionError, match="needs the mesh of the experts"):
+        wrap_data_parallel(model, config, DistributedDataParallelConfig(), mesh)
+    wrap_data_parallel(model, config, DistributedDataParallelConfig(), mesh, parallel_state.get_expert_mesh())
+    assert type(model["experts"]) is GroupedMLP
+    set_is_last_microbatch(model, True)
+    model["experts"].forward_dispatched(torch.ones(3, 8), torch.ones(3), torch.tensor([3, 0])).sum().backward()
+    finalize_model_grads(model, None)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="sgd", lr=0.1), model)
+    expected = sum(parameter.grad.full_tensor().square().sum() for parameter in model.parameters())
+    assert optimizer.step().grad_norm.item() == pytest.approx(expected.sqrt().item(), rel=1e-6)
 
 
 def test_a_float16_model_has_its_loss_scaled(mesh):

@@ -8,6 +8,7 @@ from torch import nn
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
+from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel import (
     ParameterSpec,
     create_parameter,
@@ -15,6 +16,7 @@ from megatron_lite.tensor_parallel import (
     initialize_parameters,
     named_parameter_specs,
 )
+from megatron_lite.tensor_parallel.parameters import create_expert_parameter
 
 
 class Block(nn.Module):
@@ -73,3 +75,51 @@ def test_a_parameter_split_over_any_group_is_a_dtensor() -> None:
     assert parameter.placements[0].is_shard(0)  # type: ignore[attr-defined]
     assert parameter.device_mesh.get_group() is group  # type: ignore[attr-defined]
     torch.distributed.destroy_process_group(group)
+
+
+def create_stack(module: nn.Module, groups: ProcessGroupCollection) -> nn.Parameter:
+    return create_expert_parameter(
+        module,
+        "weight",
+        (4, 6, 8),
+        init_method=nn.init.xavier_normal_,
+        dtype=torch.float32,
+        shard_dim=1,
+        ep_group=groups.ep,
+        etp_group=groups.expt_tp,
+        tp_ep_group=groups.tp_ep,
+    )
+
+
+def test_stacked_experts_lie_on_the_mesh_of_their_groups_whoever_made_them() -> None:
+    torch.manual_seed(1)
+    plain = create_stack(nn.Module(), ProcessGroupCollection())
+    assert plain.shape == (4, 6, 8)
+    assert len(plain.unique()) == plain.numel()
+    parallel_state.initialize_model_parallel()
+    made = [torch.distributed.new_group([0]) for _ in range(3)]
+    foreign = ProcessGroupCollection(ep=made[0], expt_tp=made[1], tp_ep=made[2])
+    for groups in (ProcessGroupCollection.use_mpu_process_groups(), foreign):
+        torch.manual_seed(1)
+        parameter = create_stack(nn.Module(), groups)
+        assert parameter.device_mesh.mesh_dim_names == ("ep", "etp")  # type: ignore[attr-defined]
+        assert [placement.dim for placement in parameter.placements] == [0, 1]  # type: ignore[attr-defined]
+        assert torch.equal(parameter.full_tensor(), plain)  # type: ignore[attr-defined]
+    for group in made:
+        torch.distributed.destroy_process_group(group)
+
+
+def test_experts_that_do_not_fit_their_groups_are_refused() -> None:
+    class Two:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 0
+
+    two = Two()
+    with pytest.raises(ConfigError, match=r"groups of 2 \(ep\) and 1 \(expt_tp\)"):
+        create_stack(nn.Module(), ProcessGroupCollection(ep=two))  # type: ignore[arg-type]
+    two.size = lambda: 3  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="4 is not divisible by 3"):
+        create_stack(nn.Module(), ProcessGroupCollection(ep=two))  # type: ignore[arg-type]

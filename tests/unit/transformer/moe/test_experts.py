@@ -158,11 +158,18 @@ def test_standalone_experts_dispatch_by_themselves() -> None:
 
 
 def test_declarations_and_initial_values() -> None:
-    """Each expert has values of its own, whatever their number. Mutation: draw the stacked tensor in one go."""
-    models = {}
+    """Each expert has values of its own, drawn as one matrix. Mutation: draw the stacked tensor in one go."""
+    models, drawn = {}, set()
+
+    def normal(tensor: Tensor) -> Tensor:
+        drawn.add(tensor.shape)
+        return torch.nn.init.normal_(tensor, std=0.02)
+
     for count in (2, EXPERTS):
-        models[count] = torch.nn.ModuleDict({"experts": GroupedMLP(count, config_of(num_moe_experts=count))})
+        config = config_of(num_moe_experts=count, init_method=normal, output_layer_init_method=normal)
+        models[count] = torch.nn.ModuleDict({"experts": GroupedMLP(count, config)})
         initialize_parameters(models[count], seed=1)
+    assert drawn == {(WIDTH, HIDDEN), (HIDDEN, WIDTH)}, "fans in and out are those of one expert"
     few, many = models[2]["experts"].weight1, models[EXPERTS]["experts"].weight1
     assert torch.equal(few, many[:2])
     assert len(many.unique()) == many.numel()
