@@ -174,12 +174,17 @@ def assert_small(per_rank: list[dict[str, dict[str, float]]], bound: float = BOU
 
 @SIZES
 def test_dispatch_experts_combine_equals_the_dense_formula(pool: WorkerPool, ep: int, etp: int) -> None:
-    """T40, T41, T47: output and gradients of tokens, probabilities and experts, and the dispatchers agree."""
+    """T40, T41, T47: output and gradients of tokens, probabilities and experts, and the dispatchers agree.
+
+    Fails with: gathered tokens whose gradients are split instead of summed; probabilities gathered outside of the
+    graph; received rows left in the order of their source; one expert tensor rank getting all copies; a rank without
+    rows that skips the all-to-all.
+    """
     assert_small(pool.run(all_routings, ep, etp, "tp-cp-ep-dp-pp", world_size=ep * etp, timeout_s=TIMEOUT_S))
 
 
 def test_the_order_of_the_axes_is_free(pool: WorkerPool) -> None:
-    """Expert ranks may be neighbours instead of expert tensor ranks. Fails with the two strides exchanged."""
+    """Expert ranks may be neighbours, not expert tensor ranks. Fails with strides exchanged, or taken as known."""
     assert_small(pool.run(all_routings, 2, 2, "ep-tp-cp-dp-pp", world_size=4, timeout_s=TIMEOUT_S))
 
 
@@ -220,7 +225,11 @@ def kept_pairs(world_size: int, routing: str, factor: float, policy: str) -> tup
 
 @pytest.mark.parametrize(("ep", "etp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_capacity_counts_the_tokens_of_a_rank(pool: WorkerPool, ep: int, etp: int) -> None:
-    """T44. Every dispatcher, padded or not, leaves out the same pairs: those beyond each rank's own capacity."""
+    """T44. Every dispatcher, padded or not, leaves out the same pairs: those beyond each rank's own capacity.
+
+    Fails with: the capacity of all ranks' tokens; dropped pairs that keep their probability; padding by expert only,
+    without the source rank.
+    """
     assert_small(pool.run(with_capacity, ep, etp, world_size=ep * etp, timeout_s=TIMEOUT_S))
 
 
@@ -237,7 +246,10 @@ def rows_of_dispatchers(rank: int, world_size: int, ep: int, etp: int) -> list[l
 
 
 def test_rows_are_ordered_by_expert_then_by_token(pool: WorkerPool) -> None:
-    """In both dispatchers, so that sums over the rows of an expert are taken in one order."""
+    """In both dispatchers, so that sums over the rows of an expert are taken in one order.
+
+    Fails with: equal keys sorted in reverse; received rows left in the order of their source.
+    """
     for rank, (dropless, padded) in enumerate(pool.run(rows_of_dispatchers, 2, 2, world_size=4, timeout_s=TIMEOUT_S)):
         for (gathered, gathered_probs, gathered_counts), (rows, probs, counts) in (dropless, padded):
             assert torch.equal(gathered, rows)
@@ -448,7 +460,11 @@ def fill_zeros(layer: MoELayer) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_an_moe_layer_is_the_same_at_every_layout(pool: WorkerPool, layout: Layout) -> None:
-    """T3, T39, T46, T47: output, gradient of the input and of every parameter, declared reductions applied."""
+    """T3, T39, T46, T47: output, gradient of the input and of every parameter, declared reductions applied.
+
+    Fails with: ranks that dispatch the same tokens each; the gathered result's gradient summed; the shared experts'
+    output reduced twice; the gate not declared partial.
+    """
     for bias in (False, True):
         for rank, errors in enumerate(
             pool.run(layer_errors, layout, bias, world_size=layout.world, timeout_s=TIMEOUT_S)
