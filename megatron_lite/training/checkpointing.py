@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lite.arguments import RunConfig
-from megatron_lite.checkpoint import load_checkpoint, read_tracker, save_checkpoint
+from megatron_lite.checkpoint import load_checkpoint, read_common, read_tracker, save_checkpoint
 from megatron_lite.distributed import reshard_parameters
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.progress import Progress
+from megatron_lite.training.upcycling import dense_checkpoint, upcycle
 
 
 def save(
@@ -66,6 +67,7 @@ def load(
 ) -> Progress:
     """Continue from --load, else start from the weights of --pretrained-checkpoint, else from the initial weights.
 
+    With --moe-use-upcycling a checkpoint without experts is made one with experts (`upcycling`), and the run begins.
     A run that does not train has no scheduler. Settings that change what the weights or the position in the data mean
     are reported where they differ from the checkpoint's.
 
@@ -83,6 +85,14 @@ def load(
             )
     if root is None:
         return Progress()
+    if config.transformer.moe_use_upcycling:
+        dense = dense_checkpoint(root, checkpoint.ckpt_step)
+        if dense is not None:
+            _refuse_to_start_over(config, root)
+            for line in changed_settings(config, read_common(dense)["config"], finetune=True):
+                print_rank_0(f"WARNING: {line}")
+            upcycle(dense, model, config.transformer)
+            return Progress()
     state = load_checkpoint(
         root,
         model,
@@ -103,11 +113,28 @@ def load(
     return Progress(**state.extra["progress"])
 
 
+def _refuse_to_start_over(config: RunConfig, dense: str) -> None:
+    """A run that was upcycled before continues from its own checkpoints, not from the dense one again."""
+    save = config.checkpoint.save
+    if save is not None and os.path.abspath(save) != os.path.abspath(dense) and read_tracker(save) is not None:
+        raise ConfigError(
+            f"moe_use_upcycling is set with a dense checkpoint in {dense!r}, but save is {save!r}, where there are "
+            f"checkpoints already: write --load {save} --pretrained-checkpoint {dense} to continue, or choose another "
+            "--save."
+        )
+
+
 # Weights fit whatever these say, but were trained for one value.
 OF_THE_MODEL = {
     "transformer": (
         "num_attention_heads",
         "num_query_groups",
+        "moe_router_topk",
+        "moe_router_score_function",
+        "moe_router_pre_softmax",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
         "normalization",
         "layernorm_zero_centered_gamma",
         "swiglu",
