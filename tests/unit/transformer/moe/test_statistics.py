@@ -102,8 +102,10 @@ def test_nothing_counts_without_training_or_gradient() -> None:
     x = torch.randn(S, B, H, dtype=torch.float64)
     with torch.no_grad():
         router(x)
+        router.record_dropped(torch.tensor(3))
     router.eval()(x)
     router.record_dropped(torch.tensor(3))
+    assert not router.sums.any()
     assert statistics.collect(router, None) == {}
     assert not router.tokens_per_expert.any()
 
