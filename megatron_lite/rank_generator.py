@@ -142,7 +142,7 @@ class ParallelLayout:
         expert = RankGenerator(tp=etp, ep=ep, dp=edp, pp=pp, cp=1, order=order)
         instances = num_distributed_optimizer_instances
         # As many instances as ranks: nothing is split, so neither are the experts, whatever their number of ranks.
-        expert_instances = edp if instances == dp * cp else instances
+        expert_instances = edp if instances == dp * cp > 1 else instances
         for what, size, count in (("data x context", dp * cp, instances), ("expert data", edp, expert_instances)):
             if size % count:
                 found.append(

@@ -419,7 +419,13 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
         weights = {name: whole(p) for name, p in model.named_parameters()}
     if broken is None:
         # T4: only rank 0 reports, so the others' copies of replicated parameters are compared here, bit for bit.
-        verify_replicas(model, tp_group, parallel_state.get_dense_mesh()["dp_replicate"].get_group())
+        verify_replicas(
+            model,
+            tp_group,
+            parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
+        )
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]

@@ -18,6 +18,7 @@ from megatron_lite.optimizer import clip_grads, optimizer
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel import collectives, layers, parameters
 from megatron_lite.training import batches, step
+from megatron_lite.transformer.moe import auxiliary_losses, experts, load_balancing, routing, statistics
 
 
 @contextmanager
@@ -260,6 +261,90 @@ def micro_batch_means_of_one_rank():
     )
 
 
+def router_not_summed():
+    """T1 for routers: each tensor parallel rank routes tokens of its own, and its gradient is taken to be complete."""
+    return _undeclared(lambda name: "router" in name)
+
+
+def shared_gate_not_summed():
+    """T1 for the gate of the shared experts, under sequence parallelism."""
+    return _undeclared(lambda name: "shared_experts.gate" in name)
+
+
+def experts_not_summed_over_their_copies():
+    """T39: expert data parallel ranks keep the gradients of their own tokens."""
+    return mock.patch("megatron_lite.distributed.data_parallel._wrap_experts", return_value=None)
+
+
+def experts_scaled_by_their_ranks():
+    """T39: gradients of experts are averaged over the data parallel ranks of dense parameters: EP times too small."""
+    from torch.distributed.fsdp import FSDPModule
+
+    original = FSDPModule.set_gradient_divide_factor
+
+    def broken(self, factor):
+        original(self, self.config.expert_model_parallel_size if isinstance(self, experts.GroupedMLP) else factor)
+
+    return mock.patch.object(FSDPModule, "set_gradient_divide_factor", broken)
+
+
+def load_counted_by_one_rank():
+    """T43: the balance losses use the choices of this rank's tokens alone."""
+    return mock.patch.object(load_balancing, "sum_over", lambda counts, group: counts)
+
+
+def balance_losses_of_every_replica():
+    """T43: the balance losses are averaged over micro-batches, but not over data parallel ranks."""
+    original = auxiliary_losses.set_scale
+
+    def broken(scale):
+        original(scale * dist.get_world_size())
+
+    return mock.patch.object(step.auxiliary_losses, "set_scale", broken)
+
+
+def expert_bias_by_one_rank():
+    """T45: each rank moves the expert bias by the load it saw."""
+    return mock.patch.object(statistics, "sum_over", lambda counts, group: counts)
+
+
+def expert_bias_in_weights():
+    """The bias that decides about experts also enters the weights of their outputs."""
+    original = routing.route
+
+    def broken(logits, topk, *, expert_bias=None, **options):
+        biased = logits if expert_bias is None else logits + expert_bias.to(logits.dtype)
+        return original(biased, topk, expert_bias=expert_bias, **options)
+
+    return mock.patch.object(routing, "route", broken)
+
+
+def fc2_bias_on_every_rank():
+    """T5 for experts: each expert tensor parallel rank adds the bias of the second layer."""
+    original = experts.GroupedMLP.__init__
+
+    def broken(self, *arguments, **options):
+        original(self, *arguments, **options)
+        self.adds_bias2 = True
+
+    return mock.patch.object(experts.GroupedMLP, "__init__", broken)
+
+
+def tokens_routed_on_every_rank():
+    """T3: without sequence parallelism all tensor parallel ranks route all tokens, and each counts as its own."""
+    from megatron_lite.transformer.moe import moe_layer
+
+    def split(tokens, group=None):
+        return tokens
+
+    def gather(tokens, tensor_parallel_output_grad=True, group=None):
+        return tokens
+
+    return mock.patch.multiple(
+        moe_layer, scatter_to_sequence_parallel_region=split, gather_from_sequence_parallel_region=gather
+    )
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -286,5 +371,15 @@ MUTATIONS = {
         not_reduced_over_context,
         loss_reported_of_one_rank,
         micro_batch_means_of_one_rank,
+        router_not_summed,
+        shared_gate_not_summed,
+        experts_not_summed_over_their_copies,
+        experts_scaled_by_their_ranks,
+        load_counted_by_one_rank,
+        balance_losses_of_every_replica,
+        expert_bias_by_one_rank,
+        expert_bias_in_weights,
+        fc2_bias_on_every_rank,
+        tokens_routed_on_every_rank,
     )
 }
