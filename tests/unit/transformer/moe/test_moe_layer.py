@@ -22,6 +22,7 @@ CAPACITIES: list[dict[str, Any]] = [
     {},
     {"moe_expert_capacity_factor": 0.6},
     {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "position"},
+    {"moe_expert_capacity_factor": 1.0},
     {"moe_expert_capacity_factor": 2.5},
     {"moe_expert_capacity_factor": 0.6, "moe_pad_expert_input_to_capacity": True},
     {"moe_expert_capacity_factor": 2.5, "moe_pad_expert_input_to_capacity": True},
@@ -92,6 +93,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert not any(name.startswith(one) for one in self.forbidden), f"{name} waits for the device"
+        if name.startswith("index") and isinstance(args[1], (list, tuple)):
+            assert all(one is None or one.dtype != torch.bool for one in args[1]), "picking by a mask waits"
         return func(*args, **(kwargs or {}))
 
 
