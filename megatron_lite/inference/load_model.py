@@ -63,6 +63,13 @@ def load_model(
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
         "sequence_parallel": False,
+        # Every package is not everywhere, and what one token gets must not depend on which others are there.
+        "moe_token_dispatcher_type": "allgather",
+        "moe_enable_deepep": False,
+        "moe_expert_capacity_factor": None,
+        "moe_pad_expert_input_to_capacity": False,
+        "moe_shared_expert_overlap": False,
+        "moe_layer_recompute": False,
         "recompute_granularity": None,
         "recompute_method": None,
         "recompute_num_layers": None,

@@ -9,6 +9,8 @@ from torch import nn
 
 from megatron_lite import parallel_state
 from megatron_lite.distributed import DistributedDataParallelConfig
+from megatron_lite.inference.context import InferenceContext
+from megatron_lite.inference.load_model import load_model
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.training import setup, step, train
 from megatron_lite.training.metrics import IterationRecord
@@ -131,7 +133,7 @@ def test_a_dense_run_says_nothing_of_experts(monkeypatch, capsys):
 def test_the_bias_moves_once_a_step_and_evaluation_counts_nothing(monkeypatch):
     """Two micro-batches a step, an evaluation before the third; a rate of 0.5 shows each move.
 
-    Mutations: evaluate without model.eval() leaves counts behind; an update in each micro-batch moves twice.
+    Mutations: records() that is true in evaluation leaves counts behind; an update in each micro-batch moves twice.
     """
     seen, counts_before_evaluation = [], []
     original_step, original_evaluate = train.train_step, train.evaluate
@@ -181,6 +183,26 @@ def test_a_skipped_step_moves_the_bias_too(monkeypatch):
     scale = ["--fp16", "--initial-loss-scale", "1e30", "--train-iters", "1", "--eval-iters", "0"]
     run(monkeypatch, *MOCK, *BIAS, *scale)
     assert moved == [(1.0, True)]
+
+
+def test_a_trained_model_with_experts_writes(monkeypatch, tmp_path):
+    """Loaded on one process from a checkpoint alone, expert bias included; token by token as all at once.
+
+    Mutations: the stored capacity factor drops other tokens of a whole prompt than of a single token; a bias left out.
+    """
+    words = ["--train-iters", "3", "--eval-iters", "0", "--save", str(tmp_path), "--save-interval", "3"]
+    capacity = ["--moe-expert-capacity-factor", "0.5", "--moe-router-bias-update-rate", "0.5"]
+    run(monkeypatch, *MOCK, *BIAS, *words, *capacity, "--moe-shared-expert-intermediate-size", "32")
+    model = load_model(tmp_path).model
+    (router,) = routers_of(model)
+    assert router.expert_bias is not None
+    assert router.expert_bias.any()
+    tokens, positions = torch.arange(12).view(1, 12), torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        whole = model(tokens, positions)
+        cache = InferenceContext(1, 12)
+        parts = [model(tokens[:, i : i + 1], positions[:, i : i + 1], inference_context=cache) for i in range(12)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
 def with_experts(iteration: int) -> IterationRecord:
