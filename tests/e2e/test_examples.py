@@ -90,6 +90,30 @@ def test_context_parallel(pool: WorkerPool, world_size: int, arguments: list[str
         assert text in first
 
 
+@pytest.mark.parametrize(
+    ("world_size", "arguments", "seen"),
+    [
+        (1, [], ["expert 0 of 1: experts 0 to 7; x [2, 16, 32] -> output [2, 16, 32], balance loss 1."]),
+        (2, [], ["rank 1: tensor 1 of 2, data 0 of 1, expert 1 of 2: experts 4 to 7;"]),
+        (4, [], ["rank 2: tensor 0 of 2, data 1 of 2, expert 1 of 2: experts 4 to 7, part 0 of 2 of each;"]),
+        (4, ["--tp", "1", "--ep", "2", "--etp", "1"], ["rank 3: tensor 0 of 1, data 3 of 4, expert 1 of 2: experts 4"]),
+        (4, ["--ep", "4", "--etp", "1", "--dispatcher", "allgather"], ["rank 1: tensor 1 of 2", "experts 2 to 3;"]),
+    ],
+    ids=["one process", "TP 2, EP 2", "TP 2, EP 2, ETP 2", "DP 4, EP 2, two copies", "TP 2, EP 4, allgather"],
+)
+def test_moe_block(pool: WorkerPool, world_size: int, arguments: list[str], seen: list[str]) -> None:
+    """The example compares output, balance loss and gradients with the experts in one piece, on every rank.
+
+    Mutations of the example: gradients of experts summed over all ranks, or of the router over copies of experts only;
+    the output's gradient summed over tensor parallel ranks; the balance loss of each replica at full weight; the first
+    part of the sequence routed by all tensor parallel ranks.
+    """
+    first = pool.run(run_example, "moe_block.py", arguments, world_size=world_size)[0]
+    assert "equal to the experts in one piece: output, balance loss and 4 gradients" in first
+    for text in seen:
+        assert text in first
+
+
 def test_train_tiny_gpt_is_the_same_at_every_layout(pool: WorkerPool) -> None:
     """One process, two tensor parallel ranks, two data parallel ranks: the same losses, and they fall."""
     small = ["--steps", "10", "--hidden-size", "32", "--sequence", "32"]

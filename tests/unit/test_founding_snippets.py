@@ -37,6 +37,8 @@ from megatron_lite.tensor_parallel.mappings import (
 )
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.module import MegatronModule
+from megatron_lite.transformer.moe.experts import GroupedMLP
+from megatron_lite.transformer.moe.router import MoERouter
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.pool import WorkerPool
 
@@ -296,6 +298,92 @@ def test_experts_with_their_own_tensor_parallel_size(imagined_world: Any) -> Non
     initialize_model_parallel(tensor_model_parallel_size=8, expert_model_parallel_size=4, expert_tensor_parallel_size=2)
     assert get_expert_model_parallel_world_size() == 4
     assert parallel_state.get_expert_tensor_parallel_world_size() == 2
+
+
+def test_configuration_of_experts() -> None:
+    """Section 3.5: it describes a mixture over any cluster, and breaks no rule."""
+    config = TransformerConfig(
+        hidden_size=4096,
+        num_moe_experts=8,
+        moe_router_topk=2,
+        moe_router_pre_softmax=False,
+        expert_model_parallel_size=4,
+        tensor_model_parallel_size=8,
+        expert_tensor_parallel_size=2,
+        moe_grouped_gemm=True,
+        moe_aux_loss_coeff=0.01,
+    )
+    assert config.violations() == []
+
+
+class MoEBlock(torch.nn.Module):
+    """Sections 3.7 and 6.3."""
+
+    def __init__(self, config: TransformerConfig, num_local_experts: int) -> None:
+        super().__init__()
+        self.router = MoERouter(config)
+        self.experts = GroupedMLP(
+            num_local_experts=num_local_experts,
+            config=config,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, indices = self.router(x)
+        output = self.experts(x, scores, indices)
+        aux_loss = self.router.compute_aux_loss(scores, indices)
+        return output, aux_loss
+
+
+def experts_on_four_ranks(rank: int, world_size: int) -> dict[str, Any]:
+    initialize_model_parallel(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
+    config = TransformerConfig(
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_aux_loss_coeff=0.01,
+        tensor_model_parallel_size=2,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=2,
+        bias_gelu_fusion=False,
+        init_method_std=0.3,
+    )
+    assert config.num_moe_experts is not None
+    num_local_experts = config.num_moe_experts // config.expert_model_parallel_size
+    torch.manual_seed(6)
+    model = MoEBlock(config, num_local_experts)
+    # The tensor parallel ranks of a replica have the same sequences, as the snippet does it; so each expert sees them
+    # twice, and a block that is to be trained splits them first: scripts/examples/moe_block.py.
+    input = torch.randn(
+        BATCH, SEQUENCE, HIDDEN, generator=torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
+    )
+    output, aux_loss = model(input)
+
+    assert model.router.weight is not None
+    logits = F.linear(input, model.router.weight)
+    best, indices = logits.topk(2, dim=-1)
+    weights = torch.zeros_like(logits).scatter(-1, indices, best.softmax(-1))
+    by_expert = [
+        F.linear(F.gelu(F.linear(input, first)), second)
+        for first, second in zip(model.experts.weight1.full_tensor(), model.experts.weight2.full_tensor(), strict=True)
+    ]
+    load = F.one_hot(indices, 4).float().sum(2).mean((0, 1)) / 2
+    return {
+        "output": (output, torch.einsum("bse,ebsh->bsh", weights, torch.stack(by_expert))),
+        "balance loss": (aux_loss, 4 * (load * logits.softmax(-1).mean((0, 1))).sum()),
+        "local experts": (torch.tensor(model.experts.num_local_experts), torch.tensor(2)),
+        "expert parallel rank": (torch.tensor(get_expert_model_parallel_rank()), torch.tensor(rank // 2)),
+        "stored": (torch.tensor(model.experts.weight1.to_local().shape), torch.tensor((2, FFN // 2, HIDDEN))),
+    }
+
+
+def test_block_of_router_and_grouped_mlp(pool: WorkerPool) -> None:
+    """Biases are zero at first. Fails, for example, if the two halves of an expert are not added, or if the balance
+    loss counts the tokens of two tensor parallel ranks but divides by those of one.
+    """
+    for rank, compared in enumerate(pool.run(experts_on_four_ranks, world_size=4)):
+        for name, (ours, reference) in compared.items():
+            torch.testing.assert_close(ours, reference, msg=lambda text, at=f"rank {rank}, {name}": f"{at}: {text}")
 
 
 class MyAttention(MegatronModule):
