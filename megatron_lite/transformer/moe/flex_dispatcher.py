@@ -2,7 +2,7 @@
 
 DeepEP sends a token once to each rank that has experts for it (not once per expert), over NVLink inside a node and RDMA
 between nodes. This file is written against the documentation of its `Buffer` class (docs/legacy.md there) and has not
-been run: the package needs several GPUs of the Hopper generation. It is checked against a stand-in of that class.
+been run: the package needs several GPUs of the Hopper generation.
 """
 
 import importlib
