@@ -133,7 +133,7 @@ def test_a_dense_run_says_nothing_of_experts(monkeypatch, capsys):
 def test_the_bias_moves_once_a_step_and_evaluation_counts_nothing(monkeypatch):
     """Two micro-batches a step, an evaluation before the third; a rate of 0.5 shows each move.
 
-    Mutations: records() that is true in evaluation leaves counts behind; an update in each micro-batch moves twice.
+    Mutations: a router that records in evaluation leaves counts behind; an update in each micro-batch moves twice.
     """
     seen, counts_before_evaluation = [], []
     original_step, original_evaluate = train.train_step, train.evaluate
