@@ -139,7 +139,12 @@ def test_the_bias_moves_once_a_step_and_evaluation_counts_nothing(monkeypatch):
     original_step, original_evaluate = train.train_step, train.evaluate
 
     def watched_step(model, *arguments, **options):
+        before = [router.expert_bias.clone() for router in routers_of(model)]
         output = original_step(model, *arguments, **options)
+        if len(seen) < 2:  # what was counted since the last log line is what this step counted
+            for router, bias in zip(routers_of(model), before, strict=True):
+                fewer_than_mean = (router.tokens_per_expert.sum() - 4 * router.tokens_per_expert).sign()
+                assert torch.equal(router.expert_bias, bias + 0.5 * fewer_than_mean)
         seen.append([(router.expert_bias.clone(), router.step_tokens_per_expert.sum()) for router in routers_of(model)])
         counts_before_evaluation.append(routers_of(model)[0].tokens_per_expert.sum().item())
         return output
