@@ -29,8 +29,10 @@ import torch
 from megatron_lite import parallel_state
 from megatron_lite.arguments import parse_args, read_settings
 from megatron_lite.arguments.command_line import build_parser
+from megatron_lite.context_parallel import zigzag_positions
 from megatron_lite.dry_run import dry_run
 from megatron_lite.model_parallel_config import CP_COMM_TYPES
+from megatron_lite.rank_generator import ParallelLayout
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
 from tests.e2e.commands import REPOSITORY, environment
@@ -347,6 +349,48 @@ def test_numbers_of_context_parallelism() -> None:
         sent = expected_bytes(case, tokens, batch=1, head_size=c.kv_channels, width=2, wide=4)
         expected[kind] = (sent[0] // 2**20, sent[1] // 2**20)
     assert found == expected
+
+
+def test_ranks_of_a_mixture_of_experts() -> None:
+    """The table of docs/mixture_of_experts.md: TP 2, CP 2, DP 2 and EP 4 on eight ranks, with ETP 1 and with ETP 2."""
+    page = (REPOSITORY / "docs" / "mixture_of_experts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
+    whole, halves = (ParallelLayout.from_sizes(8, tp=2, cp=2, ep=4, etp=etp) for etp in (1, 2))
+
+    def place(layout: ParallelLayout, kind: str, rank: int) -> int:
+        (group,) = [ranks for ranks in layout.groups()[kind] if rank in ranks]
+        return group.index(rank)
+
+    expected = []
+    for rank in range(8):
+        tp, cp, dp = (place(whole, kind, rank) for kind in ("tp", "cp", "dp"))
+        (chunk,) = zigzag_positions((0, 4), 2, cp).chunk(2)[tp].tolist()
+        ep, edp = place(whole, "ep", rank), place(whole, "expt_dp", rank)
+        half, of = place(halves, "expt_tp", rank), place(halves, "ep", rank)
+        cells = [tp, cp, dp, f"batch {dp}, chunk {chunk}", ep, edp, f"{2 * ep}, {2 * ep + 1}"]
+        cells += [half, of, f"{('left', 'right')[half]} half of {2 * of}, {2 * of + 1}"]
+        expected.append((str(rank), " | ".join(map(str, cells))))
+    assert rows == expected
+
+
+def test_numbers_of_token_dispatchers() -> None:
+    """What docs/mixture_of_experts.md works out for the presets, by its formulas, which tests/parallel counts."""
+    page = (REPOSITORY / "docs" / "mixture_of_experts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for name, tokens, ranks, volumes in rows:
+        flags = ["--config", str(REPOSITORY / "configs" / f"{name}.yaml"), "--mock-data", "--dry-run"]
+        run = parse_args([*flags, "--tokenizer-type", "NullTokenizer", "--world-size", "64"])
+        c = run.transformer
+        h, k, ep, etp = c.hidden_size, c.moe_router_topk, c.expert_model_parallel_size, c.expert_tensor_parallel_size
+        assert c.num_moe_experts is not None
+        assert etp is not None
+        t, s = run.padded_sequence_length // c.tensor_model_parallel_size, ep * etp
+        a = t * k * etp * (s - 1) // s
+        sent = [(s - 1) * t * (2 * h * 2 + 4 * k + 4 * k), (s - 1) * t * (2 * h * 2 + 4 * k)]
+        sent += [a * (h * 2 + 4) + a * h * 2 + 8 * (s - 1) * c.num_moe_experts // ep, a * h * 2 + a * (h * 2 + 4)]
+        found = (int(tokens.replace(",", "")), int(ranks), volumes)
+        assert found == (t, s, " | ".join(f"{volume / 2**20:.1f}" for volume in sent)), name
 
 
 def test_nothing_names_a_path_of_one_machine() -> None:
