@@ -8,4 +8,5 @@ ensure_environment dev
 
 echo "== ruff" && ruff check . && ruff format --check .
 echo "== mypy" && mypy megatron_lite pretrain_gpt.py tools
-echo "== pytest" && python -m pytest "$@"
+# Two test files at a time; each has worker processes of its own, so more would need more cores.
+echo "== pytest" && python -m pytest -n 2 --dist loadfile "$@"
