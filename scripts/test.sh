@@ -6,7 +6,12 @@ cd "$REPO"
 source scripts/environment.sh
 ensure_environment dev
 
-echo "== ruff" && ruff check . && ruff format --check .
-echo "== mypy" && mypy megatron_lite pretrain_gpt.py tools
+# A line each: bash goes on after a failure inside of a && b.
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy megatron_lite pretrain_gpt.py tools
 # Two test files at a time; each has worker processes of its own, so more would need more cores.
-echo "== pytest" && python -m pytest -n 2 --dist loadfile "$@"
+echo "== pytest"
+python -m pytest -n 2 --dist loadfile "$@"
