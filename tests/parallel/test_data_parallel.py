@@ -156,12 +156,14 @@ def bits_of(layout, strategy, micro_batches):
 def test_strategies_agree_bit_for_bit_at_two_ranks(pool, strategies, micro_batches):
     """T24, in float32. With accumulation those that reduce once, and those that reduce each micro-batch, agree.
 
-    The two kinds add the same numbers in another order. Fails if one of them rounds gradients to bfloat16.
+    The two kinds add the same numbers in another order. Gradients are equal to the bit; weights to one rounding of the
+    largest, as torch's fused update rounds the last elements of a shard, for which its vectors are too long, in another
+    way than the rest (seen with AVX2). Fails if one of them rounds gradients to bfloat16.
     """
     results = [run(pool, "dp2", bits_of, strategy, micro_batches)[0] for strategy in strategies]
     for gradients, weights in results[1:]:
         assert_close(gradients, results[0][0], 0.0)
-        assert_close(weights, results[0][1], 0.0)
+        assert_close(weights, results[0][1], 2.0**-23)
 
 
 # T25
