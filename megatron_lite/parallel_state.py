@@ -146,13 +146,22 @@ def destroy_model_parallel() -> None:
 def _forget_meshes() -> None:
     """Clear what torch remembers of operations on DTensors: it holds meshes, whose groups are gone.
 
-    Otherwise an equal mesh made later, of groups with other names, would be taken for the old one.
+    Otherwise an equal mesh made later, of groups with other names, would be taken for the old one, and the threads of
+    gloo's groups, each of which wakes up a hundred times a second, would live on.
     """
-    from torch.distributed.tensor import debug  # with a mesh there are DTensors, so this is imported already
+    # With a mesh there are DTensors: these are imported already. Not every version of torch has each of the names.
+    from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # not in every version of torch
-    if clear is not None:
-        clear()
+    for owner, name in (
+        (debug, "_clear_sharding_prop_cache"),
+        (_redistribute, "clear_redistribute_planner_cache"),
+        (_redistribute, "_gen_transform_infos"),
+        (getattr(_collective_utils, "MeshTopoInfo", None), "build_from_mesh"),
+    ):
+        found = getattr(owner, name, None)
+        clear = getattr(found, "cache_clear", found)
+        if clear is not None:
+            clear()
 
 
 def shutdown() -> None:
