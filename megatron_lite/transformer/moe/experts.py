@@ -111,9 +111,9 @@ class GroupedMLP(MegatronModule):
             from megatron_lite.transformer.moe.token_dispatcher import build_token_dispatcher
 
             self._dispatcher = build_token_dispatcher(self.config, self.num_local_experts, self.pg_collection)
-        tokens = hidden_states.flatten(0, -2)
+        tokens, topk = hidden_states.reshape(-1, hidden_states.size(-1)), indices.size(-1)
         rows, row_probs, tokens_per_expert, state = self._dispatcher.dispatch(
-            tokens, scores.flatten(0, -2), indices.flatten(0, -2)
+            tokens, scores.reshape(-1, topk), indices.reshape(-1, topk)
         )
         output: Tensor = self._dispatcher.combine(self._compute(rows, row_probs, tokens_per_expert), state)
         return output.view_as(hidden_states)

@@ -63,7 +63,8 @@ def balance_share(score_sums: Tensor, counts: Tensor, topk: int, tokens: float, 
     Returns:
         this rank's share, summed over the leading dimensions too: 0-dim.
     """
-    factor = counts.size(-1) / (topk * tokens * counted_tokens)
+    # Of no tokens at all the loss is 0, and so are the sums.
+    factor = counts.size(-1) / (topk * max(tokens, 1) * max(counted_tokens, 1))
     return (score_sums * counts.to(score_sums.dtype)).sum() * factor
 
 
@@ -74,4 +75,4 @@ def z_loss_share(logits: Tensor, tokens: int) -> Tensor:
         logits: [..., E] of this rank's tokens.
         tokens: those of all ranks.
     """
-    return logits.logsumexp(-1).square().sum() / tokens
+    return logits.logsumexp(-1).square().sum() / max(tokens, 1)

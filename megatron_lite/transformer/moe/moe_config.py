@@ -103,7 +103,8 @@ class MoEConfig(ModelParallelConfig):
         """Balance loss -> its coefficient; types whose coefficient is 0 do nothing and are left out."""
         given = self.moe_aux_loss_coeff
         coefficients = given if isinstance(given, list) else [given] * len(self.balance_types)
-        return {kind: value for kind, value in zip(self.balance_types, coefficients, strict=False) if value}
+        pairs = zip(self.balance_types, coefficients, strict=False)
+        return {kind: value for kind, value in pairs if value and kind != "none"}
 
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""

@@ -167,6 +167,7 @@ def _sinkhorn(config: "MoEConfig", coefficients: list[float]) -> Iterator[str]:
         "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
         "moe_router_pre_softmax": config.moe_router_pre_softmax,
         "moe_router_score_function": config.moe_router_score_function != "softmax",
+        "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor is not None,
     }
     for name, is_set in others.items():
         if is_set:

@@ -153,10 +153,10 @@ class TopKRouter(MegatronModule):
         logits = self._logits(hidden)
         if self.sinkhorn:
             weights, indices = routing.route_by_sinkhorn(
-                logits.flatten(0, -2), self.topk, balance=self.training, group=self.groups.tp_cp
+                logits.reshape(-1, self.num_experts), self.topk, balance=self.training, group=self.groups.tp_cp
             )
         else:
-            weights, indices = self._choose(logits.flatten(0, -2))
+            weights, indices = self._choose(logits.reshape(-1, self.num_experts))
         shape = (*hidden.shape[:-1], self.topk)
         weights, indices = weights.view(shape), indices.view(shape)
         if self.training and torch.is_grad_enabled():
@@ -223,7 +223,7 @@ class TopKRouter(MegatronModule):
         shares = {}
         if any(name in self.coefficients for name in load_balancing.BALANCE_LOSSES):
             plain = not (self.sinkhorn or self.expert_bias is not None or self.config.moe_router_group_topk)
-            choices = indices.view(*logits.shape[:2], -1) if plain else routing.best_experts(scores, self.topk)
+            choices = indices.view(*logits.shape[:2], self.topk) if plain else routing.best_experts(scores, self.topk)
             own = load_balancing.tokens_per_expert(choices, self.num_experts)
             shares = self._balance_shares(scores.sum(0), own, tokens)
         if "z_loss" in self.coefficients:
@@ -240,9 +240,9 @@ class TopKRouter(MegatronModule):
                     score_sums.sum(0), counts.sum(0), self.topk, tokens, tokens
                 )
             if "seq_aux_loss" in self.coefficients:
-                length = tokens // sequences
+                length = tokens // max(sequences, 1)
                 of_all = load_balancing.balance_share(score_sums, counts, self.topk, length, length)
-                shares["seq_aux_loss"] = of_all / sequences
+                shares["seq_aux_loss"] = of_all / max(sequences, 1)
         if "global_aux_loss" in self.coefficients:
             counted = tokens // self.ranks_per_batch * group_size(self.groups.tp_dp_cp)
             shares["global_aux_loss"] = load_balancing.balance_share(
@@ -306,7 +306,7 @@ class TopKRouter(MegatronModule):
         counts = load_balancing.tokens_per_expert(choices, self.num_experts)[0]
         tokens = choices.size(0) * self.ranks_per_batch
         share = load_balancing.balance_share(
-            full.flatten(0, -2).sum(0), load_balancing.sum_over(counts, group), self.topk, tokens, tokens
+            full.reshape(-1, self.num_experts).sum(0), load_balancing.sum_over(counts, group), self.topk, tokens, tokens
         )
         return share if group is None else reduce_from_tensor_model_parallel_region(share, group)
 

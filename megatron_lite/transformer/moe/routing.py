@@ -86,7 +86,8 @@ def _pointwise_score(logits: Tensor, score_function: str) -> Tensor:
     if score_function == "sigmoid":
         return logits.sigmoid()
     if score_function == "sqrtsoftplus":
-        return F.softplus(logits).sqrt()
+        # The derivative of the root at 0, to which softplus of logits below about -100 rounds, is infinite.
+        return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
     raise ConfigError(
         f"moe_router_score_function is {score_function!r}, but it must be softmax, sigmoid or sqrtsoftplus; choose one."
     )

@@ -73,6 +73,7 @@ def test_several_balance_losses_each_with_its_coefficient() -> None:
     assert one.moe_aux_loss_coeff == 1e-2
     assert one.balance_coefficients == {"aux_loss": 1e-2}
     assert config_of().balance_coefficients == {}
+    assert config_of(moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.1).balance_coefficients == {}
 
 
 def test_recomputation_of_experts() -> None:
@@ -140,6 +141,7 @@ BROKEN: list[tuple[dict[str, Any], list[str]]] = [
     (SINKHORN | {"moe_aux_loss_coeff": 0.1}, ["moe_aux_loss_coeff is 0.1", "sinkhorn", "leave it out"]),
     (SINKHORN | GROUPS, ["moe_router_num_groups is 4", "sinkhorn"]),
     (SINKHORN | {"moe_expert_capacity_factor": 1.0}, ["moe_expert_capacity_factor is 1.0", "sinkhorn"]),
+    (SINKHORN | {"moe_router_topk_scaling_factor": 2.5}, ["moe_router_topk_scaling_factor is 2.5", "sinkhorn"]),
     ({"moe_layer_freq": 0}, ["moe_layer_freq is 0", "at least 1"]),
     ({"moe_layer_freq": [0, 1]}, ["moe_layer_freq is [0, 1]", "4 layers", "([0]*1+[1]*3)"]),
     ({"moe_layer_freq": [0, 1, 2, 1]}, ["moe_layer_freq is [0, 1, 2, 1]", "0 (dense) or 1 (experts)"]),

@@ -157,6 +157,16 @@ def test_standalone_experts_dispatch_by_themselves() -> None:
             torch.testing.assert_close(output[s, b][None], expected)
 
 
+def test_standalone_experts_keep_the_shape_of_few_tokens() -> None:
+    """One token [h], and none [0, h]. Mutation: flatten(0, -2) instead of reshape."""
+    experts = experts_of(config_of(swiglu=True))
+    for shape in [(), (0,)]:
+        hidden = torch.randn(*shape, HIDDEN, dtype=torch.float64)
+        scores = torch.rand(*shape, 2, dtype=torch.float64)
+        indices = torch.tensor([0, 2]).expand(*shape, 2)
+        assert experts(hidden, scores, indices).shape == hidden.shape
+
+
 def test_declarations_and_initial_values() -> None:
     """Each expert has values of its own, drawn as one matrix. Mutation: draw the stacked tensor in one go."""
     models, drawn = {}, set()

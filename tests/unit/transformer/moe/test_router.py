@@ -211,11 +211,25 @@ def test_sequences_must_be_told_apart(dim: int) -> None:
 
 
 def test_shapes_are_kept() -> None:
-    """[t, h], [s, b, h] and more dimensions. Mutation: give back flattened tensors."""
+    """One token [h], [t, h], [s, b, h] and more dimensions. Mutations: give back flattened tensors; flatten(0, -2)."""
     router = build()
-    for shape in [(5,), (3, 2), (2, 3, 2)]:
+    for shape in [(), (5,), (3, 2), (2, 3, 2)]:
         weights, indices = router(torch.randn(*shape, H, dtype=torch.float64))
         assert weights.shape == indices.shape == (*shape, K)
+
+
+@pytest.mark.parametrize("shape", [(0, B), (S, 0)])
+def test_losses_of_no_tokens_are_zero(shape: tuple[int, int]) -> None:
+    """Mutations: divide by the number of tokens, or of sequences, as it is; leave sizes of empty views to guess."""
+    kinds = ["aux_loss", "seq_aux_loss", "global_aux_loss"]
+    router = build(moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=[0.1, 0.1, 0.1], moe_z_loss_coeff=0.1)
+    scores, indices = router(torch.randn(*shape, H, dtype=torch.float64))
+    assert scores.shape == indices.shape == (*shape, K)
+    loss = router.compute_aux_loss(scores, indices)
+    assert loss.item() == 0.0
+    (scores.sum() + loss).backward()
+    assert router.weight is not None
+    torch.testing.assert_close(router.weight.grad, torch.zeros_like(router.weight))
 
 
 def test_compute_aux_loss_of_a_router_alone() -> None:

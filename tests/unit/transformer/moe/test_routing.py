@@ -141,6 +141,20 @@ def test_scores_over_all_experts(function: str) -> None:
     torch.testing.assert_close(scores, raw / raw.sum(-1, keepdim=True), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_large_logits_have_finite_gradients(function: str, size: float) -> None:
+    """In float32, whose exp(-104) is 0. Mutation: the root of softplus without a lower bound (0 * inf is nan)."""
+    logits = (torch.linspace(-1.0, 1.0, 8).repeat(2, 1) * size).requires_grad_()
+    weights, _ = routing.route(logits, 3, score_function=function)
+    scores = routing.scores_over_all_experts(logits, function)
+    (weights * torch.arange(3.0)).sum().add((scores * torch.arange(8.0)).sum()).backward()
+    assert weights.isfinite().all()
+    assert scores.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def naive_sinkhorn(logits: list[list[float]]) -> list[list[float]]:
     """Rows, then columns, scaled in turn, ten thousand times."""
     cost = [[math.exp(one) for one in row] for row in logits]
