@@ -1,108 +1,258 @@
 """Linear layers of several experts as one grouped product: each group of rows meets the weight of its own expert.
 
-| backend      | needs                                                              | reads the counts on the host |
-|--------------|--------------------------------------------------------------------|------------------------------|
-| torch        | F.grouped_mm; sizes that are multiples of 16 bytes; not float64    | no                           |
-| grouped_gemm | the package of that name, a GPU, bfloat16                          | yes                          |
-| loop         | nothing: the reference, in any dtype                               | yes                          |
+| backend            | needs                                                        | reads the counts on the host |
+|--------------------|--------------------------------------------------------------|------------------------------|
+| torch              | F.grouped_mm; rows of multiples of 16 bytes; not float64     | on a CPU no; on a GPU not    |
+|                    |                                                              | for bfloat16 from Hopper on  |
+| transformer_engine | that package, a GPU; otherwise as torch                      | yes                          |
+| grouped_gemm       | that package, a GPU, bfloat16; rows of multiples of 16 bytes | yes                          |
+| loop               | nothing: the reference, in any dtype                         | yes                          |
+
+Symbols: m rows, E experts.
 """
 
 import functools
+import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megatron_lite.errors import ConfigError
-
-BACKENDS = ("auto", "torch", "grouped_gemm", "loop")
 
 # The grouped kernels want every row of a matrix to begin at a multiple of this.
 _ALIGNMENT_BYTES = 16
 
 
-@functools.cache
-def available_backends() -> tuple[str, ...]:
-    """The backends this installation has, the preferred one first; looked up once."""
-    found = ["torch"] if hasattr(F, "grouped_mm") else []
-    if importlib.util.find_spec("grouped_gemm") is not None:
-        found.append("grouped_gemm")
-    return (*found, "loop")
+class Before(NamedTuple):
+    """What happens to the rows before the product, in their own row each: function(x, factor) -> [m, in].
+
+    Attributes:
+        function: of x [m, ...] and factor.
+        factor: [m], a number for each row.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    factor: Tensor
 
 
-def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor, backend: str = "auto") -> Tensor:
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    tokens_per_expert: Tensor,
+    backend: str = "auto",
+    gates_first: bool = False,
+    before: Before | None = None,
+) -> Tensor:
     """Rows times the transposed weight of their expert: [m, in] x [E, out, in] -> [m, out].
 
+    For the backward pass x, weight and `before.factor` are kept, as they came: what is made of them here is made again.
     The gradient of the weight of an expert without rows is zero, not None, also if there are no rows at all.
 
     Args:
         x: [m, in], the rows of expert 0 first, then those of expert 1, ...; every row belongs to an expert.
         weight: [E, out, in] in the dtype of x.
         tokens_per_expert: [E] int64 numbers of rows, on the device of x; they sum to m.
-        backend: one of BACKENDS. One that is there but cannot take these sizes or this dtype gives way to the loop.
+        backend: see `choose_backend`.
+        gates_first: the outputs 0, 2, 4, ... come first, then 1, 3, 5, ...: gates and ups in halves.
+        before: applied to x.
 
     Raises:
         ConfigError: a backend that is unknown or not installed.
     """
-    wanted = _chosen(backend)
-    if x.size(0) == 0:
-        return _loop(x, weight, tokens_per_expert)
-    if wanted == "torch" and _suits_grouped_mm(x, weight):
-        return _torch(x, weight, tokens_per_expert)
-    if wanted == "grouped_gemm" and x.is_cuda and x.dtype == torch.bfloat16:
-        return _grouped_gemm(x, weight, tokens_per_expert)
-    return _loop(x, weight, tokens_per_expert)
+    _, size_out, size_in = weight.shape
+    chosen = choose_backend(x.dtype, x.device, size_in, size_out, backend) if x.size(0) else "loop"
+    if chosen == "transformer_engine":
+        rows = x if before is None else before.function(x, before.factor)
+        return _transformer_engine(rows, _gates_first(weight) if gates_first else weight, tokens_per_expert)
+    function, factor = (None, None) if before is None else before
+    return _GroupedLinear.apply(  # type: ignore[no-any-return]
+        x, factor, weight, tokens_per_expert, function, gates_first, _PRODUCTS[chosen]
+    )
 
 
-def _chosen(backend: str) -> str:
+def choose_backend(dtype: torch.dtype, device: torch.device, size_in: int, size_out: int, backend: str = "auto") -> str:
+    """The backend for [m, size_in] -> [m, size_out]: the best that is there and takes these sizes; at last the loop.
+
+    Args:
+        dtype: of the rows and weights.
+        device: of both.
+        size_in: numbers in a row.
+        size_out: numbers in a row of the result.
+        backend: auto, or the only one to ask besides the loop.
+
+    Raises:
+        ConfigError: a backend that is unknown or not installed.
+    """
     available = available_backends()
-    if backend == "auto":
-        return available[0]
-    if backend not in BACKENDS:
-        raise ConfigError(f"the backend of grouped_linear is {backend!r}, but must be one of {', '.join(BACKENDS)}.")
-    if backend not in available:
+    if backend not in ("auto", *_DTYPES, "loop"):
+        raise ConfigError(
+            f"the backend of grouped_linear is {backend!r}, but must be one of auto, {', '.join(_DTYPES)}, loop."
+        )
+    if backend not in ("auto", *available):
         raise ConfigError(
             f"the backend of grouped_linear is {backend}, which is not installed here; write one of "
             f"{', '.join(available)}, or auto."
         )
-    return backend
+    on_gpu = device.type == "cuda"
+    wanted = preference(dtype, _capability(device) if on_gpu else None) if backend == "auto" else (backend,)
+    if any(size * dtype.itemsize % _ALIGNMENT_BYTES for size in (size_in, size_out)):
+        return "loop"
+    for name in wanted:
+        if name in available and dtype in _DTYPES.get(name, ()) and (on_gpu or name == "torch"):
+            return name
+    return "loop"
 
 
-def _suits_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.grouped_mm and its backward take this dtype and keep the rows of x, weight and output aligned."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    return all(size * x.element_size() % _ALIGNMENT_BYTES == 0 for size in weight.shape[1:])
+def preference(dtype: torch.dtype, capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """Backends, the best first, on a GPU of this compute capability, or on a CPU (None).
+
+    Torch's kernel for GPUs is for bfloat16 from Hopper (9.0) on; elsewhere it multiplies expert by expert.
+    """
+    packages = ("transformer_engine", "grouped_gemm")
+    if capability is None or (dtype == torch.bfloat16 and capability >= (9, 0)):
+        return ("torch", *packages)
+    return (*packages, "torch")
 
 
-def _loop(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    groups = x.split(tokens_per_expert.tolist())
-    return torch.cat([F.linear(group, matrix) for group, matrix in zip(groups, weight.unbind(0), strict=True)])
+@functools.cache
+def available_backends() -> tuple[str, ...]:
+    """The backends this installation has; looked up once."""
+    found = ["torch"] if hasattr(F, "grouped_mm") else []
+    found += [name for name in ("transformer_engine", "grouped_gemm") if importlib.util.find_spec(name) is not None]
+    return (*found, "loop")
 
 
-def _torch(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    ends = tokens_per_expert.cumsum(0).to(torch.int32)
-    output = F.grouped_mm(x.contiguous(), weight.contiguous().transpose(-2, -1), offs=ends)
-    return _WithContiguousGradient.apply(output)  # type: ignore[no-any-return]
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
-def _grouped_gemm(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    from grouped_gemm import ops
-
-    output: Tensor = ops.gmm(x.contiguous(), weight.contiguous(), tokens_per_expert.cpu(), trans_b=True)
-    return _WithContiguousGradient.apply(output)  # type: ignore[no-any-return]
+def _gates_first(weight: Tensor) -> Tensor:
+    """Reorder [E, out, in] along `out` from gate 0, up 0, gate 1, up 1, ... to all gates, then all ups."""
+    return weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
-class _WithContiguousGradient(Function):
-    """Forward: nothing. Backward: a gradient in rows, as the kernels need it (that of a bare sum is expanded)."""
+def _interleaved(weight: Tensor) -> Tensor:
+    """Undo `_gates_first`."""
+    return weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class _Products(NamedTuple):
+    """The three products of a linear layer, for groups of rows; everything contiguous."""
+
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]  # x [m, in], weight [E, out, in], counts -> [m, out]
+    grad_x: Callable[[Tensor, Tensor, Tensor], Tensor]  # grad [m, out], weight, counts -> [m, in]
+    grad_weight: Callable[[Tensor, Tensor, Tensor], Tensor]  # grad [m, out], x [m, in], counts -> [E, out, in]
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        factor: Tensor | None,
+        weight: Tensor,
+        counts: Tensor,
+        before: Callable[[Tensor, Tensor], Tensor] | None,
+        gates_first: bool,
+        products: _Products,
+    ) -> Tensor:
+        ctx.save_for_backward(x, factor, weight, counts)
+        ctx.before, ctx.gates_first, ctx.products = before, gates_first, products
+        rows = x if before is None else before(x, factor)  # type: ignore[arg-type]
+        weight = _gates_first(weight) if gates_first else weight
+        return products.forward(rows.contiguous(), weight.contiguous(), counts)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, factor, weight, counts = ctx.saved_tensors
+        grad, rows = grad.contiguous(), x
+        if ctx.before is not None:
+            x, factor = x.detach().requires_grad_(), factor.detach().requires_grad_()
+            with torch.enable_grad():
+                rows = ctx.before(x, factor)
+        grad_x = grad_factor = grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = ctx.products.grad_weight(grad, rows.detach().contiguous(), counts)
+            grad_weight = _interleaved(grad_weight) if ctx.gates_first else grad_weight
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            weight = _gates_first(weight) if ctx.gates_first else weight
+            grad_x = ctx.products.grad_x(grad, weight.contiguous(), counts)
+            if ctx.before is not None:
+                grad_x, grad_factor = torch.autograd.grad(rows, (x, factor), grad_x)
+        return grad_x, grad_factor, grad_weight, None, None, None, None
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+_torch = _Products(
+    forward=lambda x, weight, counts: F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts)),
+    grad_x=lambda grad, weight, counts: F.grouped_mm(grad, weight, offs=_ends(counts)),
+    grad_weight=lambda grad, x, counts: F.grouped_mm(grad.t(), x, offs=_ends(counts)),
+)
+
+
+def _loop_over(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """Each group of rows [m, a] times its own matrix of [E, a, b]: [m, b]."""
+    output = x.new_empty(x.size(0), matrices.size(2))
+    sizes = counts.tolist()
+    for group, matrix, result in zip(x.split(sizes), matrices.unbind(0), output.split(sizes), strict=True):
+        torch.mm(group, matrix, out=result)
+    return output
+
+
+def _loop_of_weights(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    groups = zip(grad.split(counts.tolist()), x.split(counts.tolist()), strict=True)
+    return torch.stack([one.t() @ other for one, other in groups])
+
+
+_loop = _Products(
+    forward=lambda x, weight, counts: _loop_over(x, weight.transpose(1, 2), counts),
+    grad_x=_loop_over,
+    grad_weight=_loop_of_weights,
+)
+
+
+def _gmm(a: Tensor, b: Tensor, counts: Tensor, **transposed: bool) -> Tensor:
+    backend = importlib.import_module("grouped_gemm.backend")
+    return backend.gmm(a, b, counts.cpu(), **transposed)  # type: ignore[no-any-return]
+
+
+_grouped_gemm = _Products(
+    forward=lambda x, weight, counts: _gmm(x, weight, counts, trans_b=True),
+    grad_x=_gmm,
+    # It may leave the matrix of an expert without rows unwritten.
+    grad_weight=lambda grad, x, counts: torch.where(
+        (counts > 0)[:, None, None], _gmm(grad, x, counts, trans_a=True), 0.0
+    ),
+)
+
+
+def _transformer_engine(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    module = _transformer_engine_module(*weight.shape, weight.dtype)
+    weights = {f"weight{expert}": matrix for expert, matrix in enumerate(weight.contiguous().unbind(0))}
+    return torch.func.functional_call(module, weights, (x.contiguous(), counts.tolist()))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _transformer_engine_module(experts: int, size_out: int, size_in: int, dtype: torch.dtype) -> nn.Module:
+    """Transformer Engine's layer of these sizes, without weights of its own: each call lends it ours."""
+    layer = importlib.import_module("transformer_engine.pytorch").GroupedLinear
+    return layer(experts, size_in, size_out, bias=False, params_dtype=dtype, device="meta")  # type: ignore[no-any-return]
+
+
+_PRODUCTS = {"torch": _torch, "grouped_gemm": _grouped_gemm, "loop": _loop}
+_DTYPES = {
+    "torch": (torch.float32, torch.bfloat16, torch.float16),
+    "transformer_engine": (torch.float32, torch.bfloat16, torch.float16),
+    "grouped_gemm": (torch.bfloat16,),
+}

@@ -1,13 +1,14 @@
 """GroupedMLP: the feed-forward blocks of this rank's experts, computed together in grouped products."""
 
+import functools
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.ops.grouped_linear import grouped_linear
+from megatron_lite.ops.grouped_bias import add_grouped_bias
+from megatron_lite.ops.grouped_linear import Before, grouped_linear
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_expert_parameter
@@ -132,54 +133,44 @@ class GroupedMLP(MegatronModule):
         return self._compute(rows, row_probs, tokens_per_expert)
 
     def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        # Cast outside of what may be recomputed.
-        weight2 = local_in_dtype(self.weight2, rows.dtype)
-        probs = row_probs.unsqueeze(-1)
-
-        def activate_and_fc2(gate: Tensor, up: Tensor | None, probs: Tensor) -> Tensor:
-            activated = self.activation(gate) if up is None else self.activation(gate) * up
-            return grouped_linear((activated * probs).to(rows.dtype), weight2, tokens_per_expert, self.backend)
-
-        gate, up = self._fc1(rows, tokens_per_expert)
-        if self.recompute_activation and torch.is_grad_enabled():
-            # The product is in it so that its input is not kept either; the recomputation stops before the product.
-            output: Tensor = torch.utils.checkpoint.checkpoint(
-                activate_and_fc2, gate, up, probs, use_reentrant=False, preserve_rng_state=False
-            )
+        hidden, interleaved = self._fc1(rows, tokens_per_expert)
+        activate = functools.partial(self._activate, interleaved=interleaved)
+        weight = local_in_dtype(self.weight2, rows.dtype)
+        if self.recompute_activation:
+            before = Before(activate, row_probs)
+            output = grouped_linear(hidden, weight, tokens_per_expert, self.backend, before=before)
         else:
-            output = activate_and_fc2(gate, up, probs)
+            output = grouped_linear(activate(hidden, row_probs), weight, tokens_per_expert, self.backend)
         if self.bias2 is None:
             return output
-        bias = _of_rows(self.bias2, tokens_per_expert, rows) * probs
         # Where another rank adds it, its gradient is zero, and not None: it takes part in the sum over the ranks.
-        return (output + (bias if self.adds_bias2 else bias * 0.0)).to(rows.dtype)
+        factor = row_probs if self.adds_bias2 else torch.zeros_like(row_probs)
+        return add_grouped_bias(output, local_in_dtype(self.bias2, rows.dtype), tokens_per_expert, factor)
 
-    def _fc1(self, rows: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What goes into the activation: ([m, f/etp], None), or the gates and the ups, each [m, f/etp].
+    def _fc1(self, rows: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, bool]:
+        """What goes into the activation, [m, f/etp], gated [m, 2 f/etp]; and whether gates and ups are interleaved.
 
         As in MLP the smaller of weight and output is reordered, since elementwise work on interleaved columns is slow.
         """
         weight = local_in_dtype(self.weight1, rows.dtype)
-        bias = None if self.bias1 is None else _of_rows(self.bias1, tokens_per_expert, rows)
-        reorder_weight = self.gated and rows.numel() >= weight.numel() // 2
-        if reorder_weight:
-            weight = weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-        output = grouped_linear(rows, weight, tokens_per_expert, self.backend)
+        gates_first = self.gated and rows.numel() >= weight.numel() // 2
+        output = grouped_linear(rows, weight, tokens_per_expert, self.backend, gates_first=gates_first)
+        if self.bias1 is not None:
+            bias = local_in_dtype(self.bias1, rows.dtype)
+            bias = bias.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1) if gates_first else bias
+            output = add_grouped_bias(output, bias, tokens_per_expert)
+        return output, self.gated and not gates_first
+
+    def _activate(self, hidden: Tensor, row_probs: Tensor, interleaved: bool) -> Tensor:
+        """activation(hidden) * p, or activation(gate) * up * p: [m, f/etp] in the dtype of hidden."""
         if not self.gated:
-            return output if bias is None else (output + bias).to(rows.dtype), None
-        gate, up = output.chunk(2, dim=-1) if reorder_weight else output.unflatten(-1, (-1, 2)).unbind(-1)
-        if bias is not None:
-            gate_bias, up_bias = bias.unflatten(-1, (-1, 2)).unbind(-1)
-            gate, up = (gate + gate_bias).to(rows.dtype), (up + up_bias).to(rows.dtype)
-        return gate, up
+            activated = self.activation(hidden)
+        else:
+            gate, up = hidden.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else hidden.chunk(2, dim=-1)
+            activated = self.activation(gate) * up
+        return (activated * row_probs.unsqueeze(-1)).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         width = self.config.moe_ffn_hidden_size or self.config.ffn_hidden_size
         return f"experts={self.num_experts}, local={self.num_local_experts}, ffn_hidden_size={width}"
-
-
-def _of_rows(bias: Tensor, tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
-    """Each row's bias, [E_local, n] -> [m, n] in at least float32, in which its gradient is summed."""
-    table = local_in_dtype(bias, torch.promote_types(rows.dtype, torch.float32))
-    return table.repeat_interleave(tokens_per_expert, dim=0, output_size=rows.size(0))

@@ -1,14 +1,18 @@
 """grouped_linear: every backend equals a product of each row with its own matrix, forward and backward."""
 
 import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops import grouped_linear as module
-from megatron_lite.ops.grouped_linear import available_backends, grouped_linear
+from megatron_lite.ops.grouped_linear import Before, available_backends, choose_backend, grouped_linear, preference
 
 # Rows of each expert: unequal, empty at either end and in the middle, all with one, none at all.
 COUNTS = [[3, 5, 1], [0, 4, 0, 6], [0, 0, 7], [5, 0, 0], [0, 0, 0]]
@@ -49,7 +53,7 @@ def test_output_and_gradients(backend: str, dtype: torch.dtype, counts: list[int
 
 @pytest.mark.parametrize("counts", [[2, 3], [0, 0]])
 def test_a_bare_sum_can_be_differentiated(counts: list[int]) -> None:
-    """Its gradient has stride 0, which F.grouped_mm refuses. Mutation: return the output as it is."""
+    """Its gradient has stride 0, which F.grouped_mm refuses. Mutation: multiply with the gradient as it comes."""
     x, weight, tokens = inputs(counts, torch.float32)
     grouped_linear(x, weight, tokens, "auto").sum().backward()
     assert x.grad is not None
@@ -103,3 +107,113 @@ def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         grouped_linear(x, weight, tokens, "grouped_gemm")
     torch.testing.assert_close(grouped_linear(x, weight, tokens), one_by_one(x, weight, [2, 3]))
     available_backends.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["loop", "torch"])
+@pytest.mark.parametrize("gates_first", [False, True])
+def test_what_happens_before_and_after_the_product(backend: str, gates_first: bool) -> None:
+    """Mutations: interleave the weight's gradient twice, or not at all; lose the gradient of the factor."""
+    x, weight, tokens = inputs([3, 0, 2], torch.float32)
+    factor = torch.linspace(0.5, 1.5, 5).requires_grad_()
+    output = grouped_linear(
+        x, weight, tokens, backend, gates_first, Before(lambda rows, p: rows.sin() * p[:, None], factor)
+    )
+    expected = one_by_one(x.sin() * factor[:, None], weight, [3, 0, 2])
+    if gates_first:
+        expected = torch.cat([expected[:, 0::2], expected[:, 1::2]], dim=1)
+    torch.testing.assert_close(output, expected)
+    by = torch.linspace(-1, 1, 8)
+    found = torch.autograd.grad((output * by).sum(), [x, weight, factor])
+    for one, other in zip(found, torch.autograd.grad((expected * by).sum(), [x, weight, factor]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_only_the_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen weights, and rows that are data. Mutation: compute both always."""
+    for frozen, product in [("weight", "grad_weight"), ("x", "grad_x")]:
+        x, weight, tokens = inputs([2, 3], torch.float32)
+        {"x": x, "weight": weight}[frozen].requires_grad_(False)
+        refused = module._loop._replace(**{product: lambda *args: pytest.fail("a gradient nobody wants")})
+        monkeypatch.setitem(module._PRODUCTS, "loop", refused)
+        grouped_linear(x, weight, tokens, "loop").sum().backward()
+
+
+def test_which_backend_is_preferred() -> None:
+    """Torch where it has a kernel: CPUs, and bfloat16 from Hopper on. Mutations: torch always; packages always."""
+    packages = ("transformer_engine", "grouped_gemm")
+    for dtype, capability in [(torch.bfloat16, (9, 0)), (torch.bfloat16, (10, 0)), (torch.float32, None)]:
+        assert preference(dtype, capability) == ("torch", *packages)
+    for dtype, capability in [(torch.bfloat16, (8, 0)), (torch.float32, (9, 0)), (torch.float16, (9, 0))]:
+        assert preference(dtype, capability) == (*packages, "torch")
+
+
+def test_packages_are_chosen_for_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an Ampere GPU that has both. Mutation: forget the dtypes, the alignment, or that CPUs have none of them."""
+    everything = ("torch", "transformer_engine", "grouped_gemm", "loop")
+    monkeypatch.setattr(module, "available_backends", lambda: everything)
+    monkeypatch.setattr(module, "_capability", lambda device: (8, 0))
+    gpu, cpu, bf16 = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16
+    assert choose_backend(bf16, gpu, 16, 8) == "transformer_engine"
+    assert choose_backend(bf16, gpu, 16, 8, "grouped_gemm") == "grouped_gemm"
+    assert choose_backend(torch.float32, gpu, 16, 8, "grouped_gemm") == "loop"
+    assert choose_backend(torch.float64, gpu, 16, 8) == "loop"
+    assert choose_backend(bf16, gpu, 16, 7) == "loop"
+    assert choose_backend(bf16, cpu, 16, 8) == "torch"
+    assert choose_backend(bf16, cpu, 16, 8, "transformer_engine") == "loop"
+    monkeypatch.setattr(module, "available_backends", lambda: ("torch", "grouped_gemm", "loop"))
+    assert choose_backend(bf16, gpu, 16, 8) == "grouped_gemm"
+    assert choose_backend(torch.float16, gpu, 16, 8) == "torch"
+
+
+class FakeGroupedLinear(nn.Module):
+    """The interface of transformer_engine.pytorch.GroupedLinear, in a loop."""
+
+    def __init__(self, num_gemms: int, in_features: int, out_features: int, bias: bool, **options: Any) -> None:
+        super().__init__()
+        assert not bias
+        for number in range(num_gemms):
+            weight = torch.empty(out_features, in_features, dtype=options["params_dtype"], device=options["device"])
+            self.register_parameter(f"weight{number}", nn.Parameter(weight))
+
+    def forward(self, inp: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
+        groups = inp.split(m_splits)
+        return torch.cat([F.linear(group, getattr(self, f"weight{number}")) for number, group in enumerate(groups)])
+
+
+def fake_gmm(
+    a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, trans_a: bool = False, trans_b: bool = False
+) -> torch.Tensor:
+    """The interface of grouped_gemm.backend.gmm; what an expert without rows gets is garbage."""
+    assert batch_sizes.device.type == "cpu"
+    sizes = batch_sizes.tolist()
+    if trans_a:
+        both = zip(a.split(sizes), b.split(sizes), strict=True)
+        return torch.stack([x.t() @ y if len(x) else torch.full((a.size(1), b.size(1)), torch.nan) for x, y in both])
+    return torch.cat([x @ (w.t() if trans_b else w) for x, w in zip(a.split(sizes), b, strict=True)])
+
+
+@pytest.mark.parametrize("backend", ["transformer_engine", "grouped_gemm"])
+@pytest.mark.parametrize("gates_first", [False, True])
+def test_wiring_of_packages(backend: str, gates_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the packages, as they need a GPU: output and gradients are those of the loop.
+
+    Mutations: matrices not transposed; weights that are copies without a gradient; unwritten gradients let through.
+    """
+    fakes = {name: ModuleType(name) for name in ("transformer_engine.pytorch", "grouped_gemm.backend")}
+    fakes["transformer_engine.pytorch"].GroupedLinear = FakeGroupedLinear  # type: ignore[attr-defined]
+    fakes["grouped_gemm.backend"].gmm = fake_gmm  # type: ignore[attr-defined]
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    module._transformer_engine_module.cache_clear()
+    results = []
+    for chosen in (backend, "loop"):
+        monkeypatch.setattr(module, "choose_backend", lambda *args, chosen=chosen: chosen)
+        x, weight, tokens = inputs([3, 0, 2], torch.float32)
+        factor = torch.linspace(0.5, 1.5, 5).requires_grad_()
+        before = Before(lambda rows, p: rows.sin() * p[:, None], factor)
+        output = grouped_linear(x, weight, tokens, "auto", gates_first, before)
+        (output * torch.linspace(-1, 1, 8)).sum().backward()
+        results.append([output, x.grad, weight.grad, factor.grad])
+    module._transformer_engine_module.cache_clear()
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -97,46 +97,87 @@ def test_equals_one_mlp_after_the_other(activation: str, counts: list[int], reco
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_low_precision_and_probabilities_in_float32(dtype: torch.dtype, grouped: bool) -> None:
-    config = config_of(swiglu=True, fp64=False, bf16=dtype == torch.bfloat16, moe_grouped_gemm=grouped)
-    experts, exact = experts_of(config), experts_of(config_of(swiglu=True))
+    """Output and gradients, the biases' summed over many rows: to the rounding of one number.
+
+    Mutations: probabilities cast to bfloat16; gradients of biases summed in it.
+    """
+    counts = [700, 0, 5]
+    settings: dict[str, Any] = {"swiglu": True, "moe_ffn_hidden_size": 16}
+    experts = experts_of(config_of(fp64=False, bf16=dtype == torch.bfloat16, moe_grouped_gemm=grouped, **settings))
+    exact = experts_of(config_of(**settings))
+    with torch.no_grad():  # numbers that bfloat16 has, so that only what is computed is rounded
+        for mine, theirs in zip(experts.parameters(), exact.parameters(), strict=True):
+            theirs.copy_(mine.bfloat16())
+            mine.copy_(mine.bfloat16())
     assert experts.weight1.dtype == torch.float32
-    rows, probs = rows_of([3, 0, 5])
-    output = experts.forward_dispatched(rows.to(dtype), probs.float(), torch.tensor([3, 0, 5]))
+    rows, probs = rows_of(counts)
+    rows = rows.detach().bfloat16().double().requires_grad_()
+    # All almost half way between two numbers of bfloat16: their rounding would not average out.
+    probs = torch.full((sum(counts),), 154.48 / 256).double().requires_grad_()
+    inputs = [rows.detach().to(dtype).requires_grad_(), probs.detach().float().requires_grad_()]
+    output = experts.forward_dispatched(*inputs, torch.tensor(counts))
     assert output.dtype == dtype
-    expected = exact.forward_dispatched(rows, probs, torch.tensor([3, 0, 5]))
-    torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.05)
+    expected = exact.forward_dispatched(rows, probs, torch.tensor(counts))
+    found, wanted = gradients(output, experts, *inputs), gradients(expected, exact, rows, probs)
+    assert found[1].dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for one, other in zip([output, *found], [expected, *wanted], strict=True):
+        assert (one.double() - other).norm() < tolerance * other.norm()
+    ratio = (output.double() * expected).sum() / expected.square().sum()
+    assert abs(ratio - 1) < tolerance / 20
 
 
-def test_recomputation_keeps_nothing_between_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the output of fc1 is kept, and no product is computed twice. Mutation: checkpoint the activation alone."""
+def test_without_the_flag_experts_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: the backend "auto" always."""
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *args, **kwargs: pytest.fail("a grouped product"))
+    experts = experts_of(config_of(fp64=False, moe_ffn_hidden_size=16))
+    rows, probs = rows_of([3, 0, 5], torch.float32)
+    experts.forward_dispatched(rows, probs, torch.tensor([3, 0, 5])).sum().backward()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_what_is_kept_for_backward(activation: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per row: 5 numbers per unit of width if gated, else 3; recomputed 2 or 1. No copy of a weight, no biases of rows.
+
+    And no product is computed twice. Mutations: keep the reordered weight; keep what goes into fc2 all the same.
+    """
     kept: dict[bool, int] = {}
     products: dict[bool, int] = {}
-    original = torch.nn.functional.grouped_mm
+    counts, width = [20, 0, 31], 64
+    original = grouped_linear_module._PRODUCTS["torch" if grouped else "loop"]
     for recompute in (False, True):
         modules = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]} if recompute else {}
-        config = config_of(fp64=False, moe_grouped_gemm=True, add_bias_linear=False, moe_ffn_hidden_size=64, **modules)
+        config = config_of(
+            fp64=False, moe_grouped_gemm=grouped, moe_ffn_hidden_size=width, **ACTIVATIONS[activation], **modules
+        )
         experts = GroupedMLP(EXPERTS, config)
         sizes: dict[int, int] = {}
         finished = []
 
-        def counted(*args: Any, done: list[int] = finished, **kwargs: Any) -> Tensor:
-            output = original(*args, **kwargs)
-            done.append(1)
-            return output
-
         def pack(tensor: Tensor, seen: dict[int, int] = sizes) -> Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
             return tensor
 
-        monkeypatch.setattr(grouped_linear_module.F, "grouped_mm", counted)
-        rows, probs = rows_of([20, 0, 30], torch.float32)
+        def counted(product: Any, done: list[int] = finished) -> Any:
+            return lambda *args: done.append(1) or product(*args)
+
+        monkeypatch.setitem(
+            grouped_linear_module._PRODUCTS,
+            "torch" if grouped else "loop",
+            type(original)(*(counted(one) for one in original)),
+        )
+        rows, probs = rows_of(counts, torch.float32)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = experts.forward_dispatched(rows, probs, torch.tensor([20, 0, 30]))
+            output = experts.forward_dispatched(rows, probs, torch.tensor(counts))
+        for given in (rows, probs, *experts.parameters()):
+            sizes.pop(given.untyped_storage().data_ptr(), None)
         output.sum().backward()
-        kept[recompute] = sum(1 for numel in sizes.values() if numel == 50 * 64)
+        kept[recompute] = sum(size for size in sizes.values() if size > EXPERTS) // (51 * width)
+        assert all(size % (51 * width) == 0 for size in sizes.values() if size > EXPERTS), sizes
         products[recompute] = len(finished)
-    assert kept == {False: 3, True: 1}
-    assert products == {False: 2, True: 2}
+    assert kept == ({False: 5, True: 2} if activation == "swiglu" else {False: 3, True: 1})
+    assert products == {False: 6, True: 6}
 
 
 def test_standalone_experts_dispatch_by_themselves() -> None:
