@@ -8,7 +8,7 @@ order, and sums over a token's slots are taken in the order of the slots; nothin
 Nothing here waits for the device: every size is known to the host, from shapes or from the caller.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,28 +25,32 @@ class Permutation:
         inverse: int64 [num_tokens * width]; the row of each slot; `rows` marks a slot that has none.
         num_tokens: number of tokens t.
         width: slots of each token.
-        complete: every row has a slot and every slot a row.
+        empty_rows: there may be rows without a slot.
+        idle_slots: there may be slots without a row.
     """
 
     slots: Tensor
     inverse: Tensor
     num_tokens: int
     width: int
-    complete: bool
+    empty_rows: bool
+    idle_slots: bool
 
     @classmethod
-    def from_slots(cls, slots: Tensor, num_tokens: int, width: int, complete: bool) -> "Permutation":
+    def from_slots(
+        cls, slots: Tensor, num_tokens: int, width: int, *, empty_rows: bool = False, idle_slots: bool = False
+    ) -> "Permutation":
         """The permutation whose rows hold `slots`; no slot may stand in two rows."""
         rows, num_slots = slots.numel(), num_tokens * width
         # The last cell catches the empty rows.
         inverse = slots.new_full((num_slots + 1,), rows)
         inverse.scatter_(0, slots, torch.arange(rows, device=slots.device))
-        return cls(slots, inverse[:num_slots], num_tokens, width, complete)
+        return cls(slots, inverse[:num_slots], num_tokens, width, empty_rows, idle_slots)
 
     @property
     def of_slots(self) -> "Permutation":
         """The same rows, for tensors with one entry per slot instead of one per token."""
-        return Permutation(self.slots, self.inverse, self.num_tokens * self.width, 1, self.complete)
+        return replace(self, num_tokens=self.num_tokens * self.width, width=1)
 
 
 def group_slots(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -118,11 +122,11 @@ def gather_slots(values: Tensor, permutation: Permutation) -> Tensor:
 
 def _gather(tokens: Tensor, permutation: Permutation) -> Tensor:
     index = permutation.slots if permutation.width == 1 else permutation.slots // permutation.width
-    return (tokens if permutation.complete else _with_zero_row(tokens)).index_select(0, index)
+    return (_with_zero_row(tokens) if permutation.empty_rows else tokens).index_select(0, index)
 
 
 def _sum(rows: Tensor, permutation: Permutation) -> Tensor:
-    rows = rows if permutation.complete else _with_zero_row(rows)
+    rows = _with_zero_row(rows) if permutation.idle_slots else rows
     index, width = permutation.inverse, permutation.width
     if width == 1 or rows.size(0) == 0:
         return rows.index_select(0, index)

@@ -91,6 +91,7 @@ class TokenDispatcher(ABC):
     ) -> None:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["ep", "expt_tp", "tp_ep"])
         self.config = config
+        self.pads = config.moe_pad_expert_input_to_capacity
         self.num_local_experts = num_local_experts
         self.group: ProcessGroup | None = groups.tp_ep
         self.size = group_size(self.group)
@@ -137,14 +138,17 @@ class TokenDispatcher(ABC):
         """Dispatch without communication. All sizes come from shapes, so that the host waits for nothing."""
         num_tokens, topk = indices.shape
         slots, counts = group_slots(indices.flatten(), self.num_experts)
-        if capacity is not None and self.config.moe_pad_expert_input_to_capacity:
+        if capacity is not None and self.pads:
             slots, counts = pad_groups(slots, counts, capacity), torch.full_like(counts, capacity)
         elif capacity is not None:
-            # Only the device knows how many pairs were dropped. The rows they leave over go, with probability 0, to
-            # the last expert, so that the number of rows does not depend on the data.
+            # Only the device knows how many pairs were dropped. The rows they leave over stay empty and go to the last
+            # expert, so that the number of rows does not depend on the data.
             slots = slots[: self.num_experts * capacity]
-            counts[-1] += slots.numel() - counts.sum()
-        sent = Permutation.from_slots(slots, num_tokens, topk, complete=capacity is None)
+            kept = counts.sum()
+            slots = torch.where(torch.arange(slots.numel(), device=slots.device) < kept, slots, indices.numel())
+            counts[-1] += slots.numel() - kept
+        drops = capacity is not None
+        sent = Permutation.from_slots(slots, num_tokens, topk, empty_rows=drops, idle_slots=drops)
         return gather_rows(tokens, sent), gather_slots(probs, sent), counts, DispatchState(sent)
 
     def _destinations(self, indices: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class AllGatherTokenDispatcher(TokenDispatcher):
         indices = collectives.all_gather(indices.to(torch.int32), 0, self.group)
         experts = indices - self.ep_rank * local
         keys = torch.where((experts >= 0) & (experts < local), experts, local).flatten()
-        if capacity is not None and self.config.moe_pad_expert_input_to_capacity:
+        if capacity is not None and self.pads:
             # Each source rank fills its own rows of an expert, as if they had travelled.
             source = torch.arange(keys.numel(), device=keys.device) // (num_tokens * topk)
             keys = torch.where(keys < local, keys * self.size + source, local * self.size)
@@ -178,8 +182,13 @@ class AllGatherTokenDispatcher(TokenDispatcher):
             slots, counts = group_slots(keys, local)
             if self.ep_size > 1 or capacity is not None:
                 slots = slots[: int(counts.sum())]  # the one wait of the host
-        complete = self.ep_size == 1 and capacity is None
-        sent = Permutation.from_slots(slots, num_tokens * self.size, topk, complete)
+        sent = Permutation.from_slots(
+            slots,
+            num_tokens * self.size,
+            topk,
+            empty_rows=self.pads,
+            idle_slots=self.ep_size > 1 or capacity is not None,
+        )
         return gather_rows(tokens, sent), gather_slots(probs, sent), counts, DispatchState(sent)
 
     def combine(self, rows: Tensor, state: DispatchState) -> Tensor:
@@ -194,7 +203,7 @@ class AlltoAllTokenDispatcher(TokenDispatcher):
     def _dispatch(self, tokens: Tensor, probs: Tensor, indices: Tensor, capacity: int | None) -> Dispatched:
         (num_tokens, topk), local = indices.shape, self.num_local_experts
         slots, counts = group_slots(self._destinations(indices), self.size * local)
-        if capacity is not None and self.config.moe_pad_expert_input_to_capacity:
+        if capacity is not None and self.pads:
             slots, counts = pad_groups(slots, counts, capacity), torch.full_like(counts, capacity)
             counts_received = counts.view(self.size, local)
             sent_counts = received_counts = [local * capacity] * self.size
@@ -203,7 +212,9 @@ class AlltoAllTokenDispatcher(TokenDispatcher):
                 counts.view(self.size, local), indices.numel() if capacity is None else None
             )
             slots = slots[: sum(sent_counts)]
-        sent = Permutation.from_slots(slots, num_tokens, topk * self.etp_size, complete=capacity is None)
+        sent = Permutation.from_slots(
+            slots, num_tokens, topk * self.etp_size, empty_rows=self.pads, idle_slots=capacity is not None
+        )
         received = self._order_of_experts(counts_received, sum(received_counts))
         state = DispatchState(sent, received, sent_counts, received_counts)
         rows = all_to_all(self.group, gather_rows(tokens, sent), received_counts, sent_counts)
@@ -248,7 +259,7 @@ class AlltoAllTokenDispatcher(TokenDispatcher):
         experts = torch.arange(self.num_local_experts, device=counts.device).repeat(self.size)
         expert_of_row = experts.repeat_interleave(counts.flatten(), output_size=num_rows)
         order, _ = group_slots(expert_of_row, self.num_local_experts)
-        return Permutation.from_slots(order, num_rows, 1, complete=True)
+        return Permutation.from_slots(order, num_rows, 1)
 
 
 def build_token_dispatcher(

@@ -37,10 +37,10 @@ def test_padding_gives_every_key_its_rows() -> None:
 def permutations() -> dict[str, Permutation]:
     order, counts = group_slots(KEYS, 3)
     return {
-        "complete": Permutation.from_slots(order, 3, 2, complete=True),
-        "some slots without a row": Permutation.from_slots(order[:5], 3, 2, complete=False),
-        "some rows empty": Permutation.from_slots(pad_groups(order, counts, 4), 3, 2, complete=False),
-        "no rows": Permutation.from_slots(order[:0], 3, 2, complete=False),
+        "complete": Permutation.from_slots(order, 3, 2),
+        "some slots without a row": Permutation.from_slots(order[:5], 3, 2, idle_slots=True),
+        "some rows empty": Permutation.from_slots(pad_groups(order, counts, 4), 3, 2, empty_rows=True, idle_slots=True),
+        "no rows": Permutation.from_slots(order[:0], 3, 2, idle_slots=True),
     }
 
 
@@ -84,5 +84,5 @@ def test_values_of_slots_find_their_rows(name: str) -> None:
 
 def test_sums_over_slots_round_once() -> None:
     """In bfloat16 256 + 1 + 1 is 258 if added in float32, 256 if rounded each time."""
-    permutation = Permutation.from_slots(torch.arange(3), 1, 3, complete=True)
+    permutation = Permutation.from_slots(torch.arange(3), 1, 3)
     assert sum_rows(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16), permutation).item() == 258.0
