@@ -20,8 +20,9 @@ def _padding(run: RunConfig) -> Iterator[str]:
     config = run.transformer
     if not run.data.pad_to_multiple or not run.data.seq_length or run.data.seq_length < 0 or not run.padding:
         return
+    given = config.moe_aux_loss_coeff
     counting = {
-        f"the balance losses ({', '.join(config.balance_coefficients)})": bool(config.balance_coefficients),
+        f"the balance losses ({', '.join(config.balance_types)})": any(given if isinstance(given, list) else [given]),
         "sinkhorn": "sinkhorn" in config.balance_types,
         "moe_z_loss_coeff": bool(config.moe_z_loss_coeff),
         "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,

@@ -143,7 +143,7 @@ def forward_backward(
     data_parallel_size = group_size(dp_cp_group) // group_size(cp_group)
     weights = loss_weights(micro_batches, total_tokens, data_parallel_size, per_token_loss, cp_group)
     loss = torch.zeros_like(total_tokens)
-    auxiliary_losses.set_scale(optimizer.get_loss_scale().double() / (len(micro_batches) * data_parallel_size))
+    auxiliary_losses.begin_step(optimizer.get_loss_scale().double() / (len(micro_batches) * data_parallel_size))
     for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
         set_is_last_microbatch(model, number == len(micro_batches))
         summed = micro_batch_losses(model, batch).sum()

@@ -103,11 +103,13 @@ class Layout:
         """The same model on one process: what its reference is computed with.
 
         The mean of micro-batch means and the balance losses of experts are another objective for each number of
-        micro-batches, so that number is kept.
+        micro-batches, so that number is kept. To the global balance loss the micro-batches of all data parallel ranks
+        that are computed at a time are one.
         """
         by_micro_batch = not self.per_token_loss or self.moe is not None
+        replicas = 1 if self.moe == "global" else self.dp
         return Layout(
-            accumulation=self.dp * self.accumulation if by_micro_batch else 1,
+            accumulation=replicas * self.accumulation if by_micro_batch else 1,
             per_token_loss=self.per_token_loss,
             tied=self.tied,
             normalization=self.normalization,
@@ -321,7 +323,7 @@ def reference(layout: Layout, steps: int) -> Result:
     for step in range(steps):
         optimizer.zero_grad()
         batch = global_batch(step, layout)
-        auxiliary_losses.set_scale(torch.tensor(1.0 / layout.model.accumulation, dtype=torch.float64))
+        auxiliary_losses.begin_step(torch.tensor(1.0 / layout.model.accumulation, dtype=torch.float64))
         objective, loss = _plain_losses(model, batch, layout, choices)
         objective.backward()
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
@@ -425,6 +427,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
             parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
             parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
+            dp_cp_group,
         )
     if rank != 0:
         return None

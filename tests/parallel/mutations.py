@@ -292,12 +292,12 @@ def load_counted_by_one_rank():
 
 def balance_losses_of_every_replica():
     """T43: the balance losses are averaged over micro-batches, but not over data parallel ranks."""
-    original = auxiliary_losses.set_scale
+    original = auxiliary_losses.begin_step
 
     def broken(scale):
         original(scale * dist.get_world_size())
 
-    return mock.patch.object(step.auxiliary_losses, "set_scale", broken)
+    return mock.patch.object(step.auxiliary_losses, "begin_step", broken)
 
 
 def expert_bias_by_one_rank():

@@ -94,6 +94,8 @@ LAYOUTS += [  # experts
     Layout(moe="gmlp", ep=2, dp=2, replicas=2, strategy="optim_grads", accumulation=2, dispatcher="allgather"),
     Layout(moe="global", tp=2, sp=True, ep=2, etp=1, accumulation=3),
     Layout(moe="global", cp=2, ep=2, accumulation=2),
+    Layout(moe="global", ep=2, dp=2, accumulation=3, strategy="optim_grads_params"),
+    Layout(moe="global", tp=2, sp=True, ep=2, etp=1, dp=2, accumulation=2),
     Layout(moe="sinkhorn", dp=2, ep=2, accumulation=3),
     Layout(moe="aux", ep=2, dp=2, accumulation=3, recompute="uniform", strategy="optim_grads_params"),
     Layout(moe="bias", tp=2, sp=True, ep=2, etp=1, accumulation=2, recompute="selective"),

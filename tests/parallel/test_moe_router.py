@@ -80,7 +80,7 @@ def step_through(
     router: TopKRouter, batches: list[Tensor], replicas: int, group: Any = None, *, recompute: bool = False
 ) -> dict[str, float]:
     """Forward and backward of one step, then the statistics and the bias update."""
-    auxiliary_losses.set_scale(torch.tensor(1.0 / (len(batches) * replicas), dtype=torch.float64))
+    auxiliary_losses.begin_step(torch.tensor(1.0 / (len(batches) * replicas), dtype=torch.float64))
     for x in batches:
         if recompute:
             objective = checkpoint(lambda hidden: router(hidden)[0].square(), False, x).sum()

@@ -10,7 +10,7 @@ _scale: Tensor | None = None
 _step = 0
 
 
-def set_scale(scale: Tensor | None) -> None:
+def begin_step(scale: Tensor | None) -> None:
     """Begin a step, whose attached losses all get the gradient `scale`.
 
     To be called before the first micro-batch of a step: counts that run over the micro-batches of one step (those of
@@ -26,7 +26,7 @@ def set_scale(scale: Tensor | None) -> None:
 
 
 def current_step() -> int:
-    """How often `set_scale` was called: tells one step from the next."""
+    """How often `begin_step` was called: tells one step from the next."""
     return _step
 
 
@@ -44,7 +44,7 @@ class _Attach(Function):
 
 
 def attach(x: Tensor, loss: Tensor) -> Tensor:
-    """Forward: x, unchanged. Backward: the gradient of x passes through and `loss` gets the gradient of `set_scale`.
+    """Forward: x, unchanged. Backward: the gradient of x passes through and `loss` gets the gradient of `begin_step`.
 
     Args:
         x: an activation that the main loss depends on, of any shape.

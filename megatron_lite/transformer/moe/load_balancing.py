@@ -9,28 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_lite.errors import ConfigError
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel import collectives
-from megatron_lite.transformer.moe.moe_config import MoEConfig
-
-BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
-
-
-def balance_coefficients(config: MoEConfig) -> dict[str, float]:
-    """The coefficient of each balance loss that has one other than zero.
-
-    Raises:
-        ConfigError: not as many coefficients as types.
-    """
-    types, given = config.balance_types, config.moe_aux_loss_coeff
-    coefficients = given if isinstance(given, list) else [given]
-    if len(coefficients) != len(types):
-        raise ConfigError(
-            f"moe_aux_loss_coeff is {given}, but moe_router_load_balancing_type has {len(types)} types "
-            f"({', '.join(types)}); give one coefficient for each."
-        )
-    return {kind: one for kind, one in zip(types, coefficients, strict=True) if kind in BALANCE_LOSSES and one != 0.0}
+from megatron_lite.transformer.moe.moe_config import BALANCE_LOSSES as BALANCE_LOSSES
 
 
 @torch.no_grad()

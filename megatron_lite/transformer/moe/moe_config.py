@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 from megatron_lite.config_field import knob
+from megatron_lite.errors import ConfigError
 from megatron_lite.model_parallel_config import ModelParallelConfig
 from megatron_lite.transformer.moe.moe_rules import moe_violations
 
-LOAD_BALANCING_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
+BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+LOAD_BALANCING_TYPES = (*BALANCE_LOSSES, "sinkhorn", "none")
 
 
 @dataclass
@@ -89,7 +91,7 @@ class MoEConfig(ModelParallelConfig):
             given = getattr(self, name)
             if isinstance(given, list) and len(given) == 1:
                 setattr(self, name, given[0])
-        if self.moe_enable_deepep:
+        if self.moe_enable_deepep and self.moe_token_dispatcher_type == "allgather":  # the default
             self.moe_token_dispatcher_type = "flex"
 
     @property
@@ -100,11 +102,19 @@ class MoEConfig(ModelParallelConfig):
 
     @property
     def balance_coefficients(self) -> dict[str, float]:
-        """Balance loss -> its coefficient; types whose coefficient is 0 do nothing and are left out."""
-        given = self.moe_aux_loss_coeff
-        coefficients = given if isinstance(given, list) else [given] * len(self.balance_types)
-        pairs = zip(self.balance_types, coefficients, strict=False)
-        return {kind: value for kind, value in pairs if value and kind != "none"}
+        """Balance loss -> its coefficient, of those that have one other than 0.
+
+        Raises:
+            ConfigError: not as many coefficients as types.
+        """
+        types, given = self.balance_types, self.moe_aux_loss_coeff
+        coefficients = given if isinstance(given, list) else [given]
+        if len(coefficients) != len(types):
+            raise ConfigError(
+                f"moe_aux_loss_coeff is {given}, but moe_router_load_balancing_type has {len(types)} types "
+                f"({', '.join(types)}); give one coefficient for each."
+            )
+        return {kind: one for kind, one in zip(types, coefficients, strict=True) if kind in BALANCE_LOSSES and one}
 
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.ops.wide_linear import wide_linear
 from megatron_lite.process_groups import ProcessGroupCollection, group_size
+from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron_lite.tensor_parallel.parameters import create_parameter, local
+from megatron_lite.tensor_parallel.parameters import create_parameter
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.moe import auxiliary_losses, load_balancing, routing, statistics
@@ -30,7 +32,7 @@ class _Matrix(nn.Module):
 
 
 class TopKRouter(MegatronModule):
-    """hidden [..., h] -> weights [..., k] and expert indices [..., k], in float32 or float64 throughout.
+    """hidden [..., h] -> weights [..., k] and expert indices [..., k], computed in float32 or float64 throughout.
 
     logits = x weight^T (+ bias), weight [E, h]; with moe_router_type gmlp
     logits = (silu(x gate^T) * (x up^T)) down^T (+ bias), gate and up [E, h], down [E, E]: as wide as the logits.
@@ -74,8 +76,9 @@ class TopKRouter(MegatronModule):
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(("tp", "tp_cp", "tp_dp_cp"))
         self.ranks_per_batch = group_size(self.groups.tp_cp)
         self.sinkhorn = "sinkhorn" in config.balance_types
+        self.is_recomputed = config.recompute_granularity == "full" or "moe" in (config.recompute_modules or ())
         # Of every loss that is on, z_loss included.
-        self.coefficients = load_balancing.balance_coefficients(config)
+        self.coefficients = config.balance_coefficients
         if config.moe_z_loss_coeff:
             self.coefficients["z_loss"] = config.moe_z_loss_coeff
         self._create_parameters()
@@ -151,44 +154,38 @@ class TopKRouter(MegatronModule):
             weights [..., k] in float32 or float64, with a gradient, and indices [..., k] int64.
         """
         logits = self._logits(hidden)
-        if self.sinkhorn:
-            weights, indices = routing.route_by_sinkhorn(
-                logits.reshape(-1, self.num_experts), self.topk, balance=self.training, group=self.groups.tp_cp
-            )
-        else:
-            weights, indices = self._choose(logits.reshape(-1, self.num_experts))
+        weights, indices = self._choose(logits.reshape(-1, self.num_experts))
         shape = (*hidden.shape[:-1], self.topk)
         weights, indices = weights.view(shape), indices.view(shape)
         if self.training and torch.is_grad_enabled():
-            losses, scores = self._losses(logits, indices)
-            if losses:
-                total = sum(share * self.coefficients[name] for name, share in losses.items())
-                assert isinstance(total, Tensor)
-                weights = auxiliary_losses.attach(weights, total)
-            if statistics.records(self):
-                self._record(indices, scores, losses)
+            weights = self._attach_losses(weights, indices, logits)
         weights.router_logits = logits  # type: ignore[attr-defined]  # for compute_aux_loss; lives as long as they do
         return weights, indices
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[..., h] -> [..., E] in the router's dtype."""
         dtype = self._compute_dtype(hidden)
-        x = hidden.to(dtype)
+        x = hidden
         if self.config.moe_input_jitter_eps is not None and self.training:
             with _own_random_stream():
-                noise = torch.rand_like(x)
+                noise = torch.rand_like(x, dtype=dtype)
             x = x * (1 + self.config.moe_input_jitter_eps * (2 * noise - 1))
-        bias = None if self.bias is None else local(self.bias).to(dtype)
+        bias = None if self.bias is None else self._in(dtype, self.bias)
         with torch.autocast(x.device.type, enabled=False):
             if self.weight is not None:
-                logits = F.linear(x, local(self.weight).to(dtype), bias)
+                logits = wide_linear(x, self._in(dtype, self.weight))
             else:
-                gate, up, down = (local(one.weight).to(dtype) for one in (self.gate, self.up, self.down))
-                logits = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down, bias)
-        if self.config.moe_router_force_load_balancing:
+                gate, up, down = (self._in(dtype, one.weight) for one in (self.gate, self.up, self.down))
+                logits = F.linear(F.silu(wide_linear(x, gate)) * wide_linear(x, up), down)
+            logits = logits if bias is None else logits + bias
+        if self.config.moe_router_force_load_balancing and self.training:
             with _own_random_stream():
                 logits = routing.random_logits(logits)
         return logits
+
+    def _in(self, dtype: torch.dtype, parameter: Tensor) -> Tensor:
+        """A parameter for the computation in `dtype`, first rounded to params_dtype, as FSDP's mixed precision does."""
+        return local_in_dtype(parameter, self.config.params_dtype).to(dtype)
 
     def _compute_dtype(self, hidden: Tensor) -> torch.dtype:
         if self.config.moe_router_dtype is not None:
@@ -196,6 +193,9 @@ class TopKRouter(MegatronModule):
         return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [t, E] -> weights and indices [t, k]."""
+        if self.sinkhorn:
+            return routing.route_by_sinkhorn(logits, self.topk, balance=self.training, group=self.groups.tp_cp)
         return routing.route(
             logits,
             self.topk,
@@ -207,11 +207,8 @@ class TopKRouter(MegatronModule):
             expert_bias=self.expert_bias,
         )
 
-    def _losses(self, logits: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """This rank's shares of the losses that are on, divided by their coefficients; and scores [s, b, E] they use.
-
-        A balance loss looks at plain choices, the k best scores, even where a bias or groups change the real ones.
-        """
+    def _attach_losses(self, weights: Tensor, indices: Tensor, logits: Tensor) -> Tensor:
+        """The weights, with this rank's shares of all losses attached; what happened is recorded."""
         if "seq_aux_loss" in self.coefficients and logits.dim() != 3:
             raise ConfigError(
                 f"seq_aux_loss was given hidden states with {logits.dim()} dimensions, but it must know which sequence "
@@ -219,16 +216,36 @@ class TopKRouter(MegatronModule):
             )
         logits = logits if logits.dim() == 3 else logits.reshape(-1, 1, self.num_experts)
         scores = routing.scores_over_all_experts(logits, self.config.moe_router_score_function)
-        tokens = logits.size(0) * logits.size(1) * self.ranks_per_batch
-        shares = {}
+        counts = load_balancing.tokens_per_expert(indices.view(*logits.shape[:2], self.topk), self.num_experts)
+        losses = self._losses(logits, scores, counts)
+        if losses:
+            total = sum(share * self.coefficients[name] for name, share in losses.items())
+            assert isinstance(total, Tensor)
+            weights = auxiliary_losses.attach(weights, total)
+        if statistics.records(self):
+            entropy = torch.special.entr(scores.detach()).sum()
+            statistics.record(self, counts.sum(0), entropy, losses)
+        return weights
+
+    def _losses(self, logits: Tensor, scores: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """This rank's shares of the losses that are on, divided by their coefficients.
+
+        A balance loss looks at plain choices, the k best scores, even where a bias or groups change the real ones.
+
+        Args:
+            logits: [s, b, E].
+            scores: [s, b, E], normalized.
+            counts: [b, E], how often each sequence's tokens really chose each expert.
+        """
+        shares, tokens = {}, logits.size(0) * logits.size(1) * self.ranks_per_batch
         if any(name in self.coefficients for name in load_balancing.BALANCE_LOSSES):
-            plain = not (self.sinkhorn or self.expert_bias is not None or self.config.moe_router_group_topk)
-            choices = indices.view(*logits.shape[:2], self.topk) if plain else routing.best_experts(scores, self.topk)
-            own = load_balancing.tokens_per_expert(choices, self.num_experts)
-            shares = self._balance_shares(scores.sum(0), own, tokens)
+            if self.sinkhorn or self.expert_bias is not None or self.config.moe_router_group_topk:
+                plain = routing.best_experts(scores, self.topk)
+                counts = load_balancing.tokens_per_expert(plain, self.num_experts)
+            shares = self._balance_shares(scores.sum(0), counts, tokens)
         if "z_loss" in self.coefficients:
             shares["z_loss"] = load_balancing.z_loss_share(logits, tokens)
-        return shares, scores
+        return shares
 
     def _balance_shares(self, score_sums: Tensor, own_counts: Tensor, tokens: int) -> dict[str, Tensor]:
         """Shares from scores and counts [b, E] of this rank's tokens; `tokens` are those of the micro-batch."""
@@ -267,15 +284,9 @@ class TopKRouter(MegatronModule):
         self.global_tokens_per_expert += load_balancing.sum_over(own_counts, self.groups.tp_dp_cp)
         self._global_micro_batches += 1
         average = self.global_tokens_per_expert / self._global_micro_batches
-        if self.config.recompute_granularity is not None:
+        if self.is_recomputed:
             self._averages.append(average)
         return average
-
-    @torch.no_grad()
-    def _record(self, indices: Tensor, scores: Tensor, losses: dict[str, Tensor]) -> None:
-        counts = load_balancing.tokens_per_expert(indices.reshape(-1, 1, self.topk), self.num_experts)[0]
-        entropy = torch.special.entr(scores).sum()
-        statistics.record(self, counts, entropy, losses)
 
     def record_dropped(self, pairs: Tensor) -> None:
         """Count token-expert pairs that were dropped for lack of capacity: 0-dim, those of this rank's tokens."""
@@ -290,18 +301,22 @@ class TopKRouter(MegatronModule):
         ranks, all of which must call; the gradient is that of this rank's own tokens.
 
         Args:
-            scores: [..., k] as `forward` returned them, so that all E scores are known. Given other weights (a copy, a
-                slice) they are taken for the only scores other than zero.
+            scores: [..., k], the very tensor that `forward` returned: it remembers the scores of all E experts.
             indices: [..., k] as `forward` returned them.
 
         Returns:
             0-dim.
+
+        Raises:
+            ConfigError: other scores, a view or a copy.
         """
         logits = getattr(scores, "router_logits", None)
-        if logits is not None:
-            full = routing.scores_over_all_experts(logits, self.config.moe_router_score_function)
-        else:
-            full = scores.new_zeros(*scores.shape[:-1], self.num_experts).scatter(-1, indices, scores)
+        if logits is None:
+            raise ConfigError(
+                "compute_aux_loss was given scores that are not this router's, or that were reshaped, cast or copied: "
+                "those of the experts that were not chosen are unknown; call it with what forward returned."
+            )
+        full = routing.scores_over_all_experts(logits, self.config.moe_router_score_function)
         group, choices = self.groups.tp_cp, indices.reshape(-1, 1, self.topk)
         counts = load_balancing.tokens_per_expert(choices, self.num_experts)[0]
         tokens = choices.size(0) * self.ranks_per_batch

@@ -17,7 +17,7 @@ S, B, E, K = 5, 3, 4, 2
 @pytest.fixture(autouse=True)
 def scale_of_one() -> Iterator[None]:
     yield
-    auxiliary_losses.set_scale(None)
+    auxiliary_losses.begin_step(None)
 
 
 def draw() -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def test_z_loss_equals_its_definition() -> None:
 def test_coefficients(types: str | list[str], coefficients: float | list[float], expected: dict[str, float]) -> None:
     """Mutation: keep zeros; the first coefficient for all."""
     config = TransformerConfig(moe_router_load_balancing_type=types, moe_aux_loss_coeff=coefficients)
-    assert load_balancing.balance_coefficients(config) == expected
+    assert config.balance_coefficients == expected
 
 
 @pytest.mark.parametrize("coefficients", [0.1, [0.1, 0.2, 0.3]])
@@ -114,7 +114,7 @@ def test_coefficients_that_do_not_match_are_refused(coefficients: float | list[f
         moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_aux_loss_coeff=coefficients
     )
     with pytest.raises(ConfigError, match="one coefficient for each"):
-        load_balancing.balance_coefficients(config)
+        _ = config.balance_coefficients
 
 
 def test_attach_changes_nothing_and_scales_in_the_backward() -> None:
@@ -122,7 +122,7 @@ def test_attach_changes_nothing_and_scales_in_the_backward() -> None:
     x, w = torch.randn(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     out = auxiliary_losses.attach(x, w.square())
     assert torch.equal(out, x)
-    auxiliary_losses.set_scale(torch.tensor(0.25))
+    auxiliary_losses.begin_step(torch.tensor(0.25))
     out.sum().backward()
     assert torch.equal(x.grad, torch.ones(3))
     assert w.grad.item() == pytest.approx(0.25 * 2 * 2.0)
@@ -130,7 +130,7 @@ def test_attach_changes_nothing_and_scales_in_the_backward() -> None:
 
 def test_without_a_scale_losses_have_gradient_one() -> None:
     """Mutation: a default of zero."""
-    auxiliary_losses.set_scale(None)
+    auxiliary_losses.begin_step(None)
     w = torch.tensor(3.0, requires_grad=True, dtype=torch.float64)
     auxiliary_losses.attach(torch.zeros(2, requires_grad=True), w * 1.0).sum().backward()
     assert w.grad.item() == 1.0
