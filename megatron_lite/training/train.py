@@ -69,14 +69,14 @@ def train(run: Run) -> bool:
             if every(config.validation.eval_interval, progress.iteration) and evaluation_has_begun(run):
                 evaluate_and_log(run, f"iteration {progress.iteration}")
             reason = vote.reason(progress.iteration)
+            if reason:
+                log(run)
             if config.checkpoint.save and (reason or every(config.checkpoint.save_interval, progress.iteration)):
                 save_now(run)
                 saved_at = progress.iteration
             if reason:
-                log(run)
                 print_rank_last(reason)
                 return True
-    log(run)  # the end of the run is the end of an interval, even of a short one
     if config.checkpoint.save and saved_at != progress.iteration:
         save_now(run)
     return False
@@ -144,8 +144,14 @@ def every(interval: int | None, iteration: int) -> bool:
 
 
 def log_is_due(run: Run) -> bool:
-    """At each log interval, and once after the first iteration as a sign of life."""
-    return every(run.config.logger.log_interval, run.progress.iteration) or run.progress.iteration == 1
+    """At each log interval, once after the first iteration as a sign of life, and at the end, of a short interval too.
+
+    Before any evaluation or checkpoint: these read the metrics, and the statistics of an interval need a record to be
+    written with.
+    """
+    config, iteration = run.config, run.progress.iteration
+    at_end = iteration == run.total_iterations or every(config.training.exit_interval, iteration)
+    return every(config.logger.log_interval, iteration) or iteration == 1 or at_end
 
 
 def read_metrics(run: Run, end_of_interval: bool = False) -> None:

@@ -61,7 +61,7 @@ def test_balance_losses_are_averaged_over_micro_batches_and_replicas(monkeypatch
     monkeypatch.setattr(step, "sum_over", lambda tensor, group: None)
     monkeypatch.setattr(step, "micro_batch_losses", lambda model, batch: batch["loss_mask"] * model.weight.sum())
     seen = []
-    monkeypatch.setattr(auxiliary_losses, "set_scale", seen.append)
+    monkeypatch.setattr(auxiliary_losses, "begin_step", seen.append)
     optimizer = SimpleNamespace(
         zero_grad=lambda: None, get_loss_scale=lambda: torch.tensor(loss_scale), scale_loss=lambda loss: loss
     )
@@ -101,13 +101,24 @@ def test_of_a_layer_with_experts_only_the_attention_is_compiled(monkeypatch):
     assert compiled == [("TransformerLayer", {"fullgraph": True}), ("SelfAttention", {"fullgraph": True})]
 
 
-def test_statistics_of_each_log_interval(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["--train-iters", "5", "--save-interval", "2"], id="saved before"),
+        pytest.param(["--train-iters", "5", "--save-interval", "5", "--eval-interval", "5"], id="saved at the end"),
+        pytest.param(
+            ["--train-iters", "9", "--exit-interval", "5", "--eval-interval", "5", "--save-interval", "9"], id="stopped"
+        ),
+    ],
+)
+def test_statistics_of_each_log_interval(monkeypatch, tmp_path, capsys, words):
     """In the file with the last iteration of an interval, and on its line; the mean of the layers and each.
 
-    Mutation: collect at every reading of metrics, as before a checkpoint; iteration 2 then has them too.
+    Mutations: collect at every reading of metrics, as before a checkpoint; iteration 2 then has them too. Log the last,
+    short interval after the evaluation and the checkpoint; iteration 5 then has none.
     """
-    words = ["--train-iters", "5", "--log-interval", "3", "--eval-iters", "0", "--save", str(tmp_path / "s")]
-    run(monkeypatch, *MOCK, *EXPERTS, *words, "--save-interval", "2", "--metrics-jsonl", str(tmp_path / "m.jsonl"))
+    words = [*words, "--log-interval", "3", "--eval-iters", "1", "--save", str(tmp_path / "s")]
+    run(monkeypatch, *MOCK, *EXPERTS, *words, "--metrics-jsonl", str(tmp_path / "m.jsonl"))
     entries = lines(tmp_path / "m.jsonl")
     assert [entry["iteration"] for entry in entries if "moe_balance" in entry] == [1, 3, 5]
     for entry in entries:
@@ -117,7 +128,7 @@ def test_statistics_of_each_log_interval(monkeypatch, tmp_path, capsys):
             assert entry["load_balancing_loss"] == pytest.approx(1, abs=0.5)
             assert 1 <= entry["moe_balance"] <= 4
             assert entry["moe_dropped"] == 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if " iteration " in line and "lm loss" in line]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "learning rate: " in line]
     assert len(printed) == 3
     for line in printed:
         assert "| load_balancing_loss: " in line
