@@ -80,20 +80,24 @@ def memory_of(run: RunConfig, size: ModelSize) -> Memory:
 
     Master weights, gradients and optimizer state are as stored. Weights are computed with in `params_dtype`, gathered:
     the whole shard, or under optim_grads_params two layers (one in use, one on its way) and what belongs to no layer.
-    A rank that shares its part with none (data and context parallel, or expert data parallel) has no second copy if it
-    computes in the masters' dtype. Under optim, gradients of several micro-batches also wait whole for their one
-    reduction.
+    Under optim, gradients of several micro-batches also wait whole for their one reduction. A rank that shares its part
+    with none (data and context parallel, or expert data parallel) reduces nothing, and has a second copy of the weights
+    only if it computes in another dtype than the masters': then one of all of them, made in the forward pass.
     """
     main = run.transformer.main_params_dtype.itemsize
-    waits_whole = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
     reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
     moments = 2 if run.optimizer.optimizer == "adam" else int(run.optimizer.sgd_momentum > 0)
-    gathered = _gathered(run, size.dense, run.data_parallel_size * run.transformer.context_parallel_size)
-    gathered += _gathered(run, size.experts, expert_data_parallel_size(run))
+    parts = (
+        (size.dense, run.data_parallel_size * run.transformer.context_parallel_size),
+        (size.experts, expert_data_parallel_size(run)),
+    )
+    gathered = sum(_gathered(run, part, ranks) for part, ranks in parts)
+    waits_whole = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
+    waiting = sum(part.shard for part, ranks in parts if waits_whole and ranks > 1)
     return Memory(
         master_weights=size.stored * main,
         compute_weights=gathered * run.transformer.params_dtype.itemsize,
-        gradients=size.stored * main + (size.shard * reduce if waits_whole else 0),
+        gradients=size.stored * main + waiting * reduce,
         optimizer_state=size.stored * main * moments,
         activations=activation_bytes(run),
     )
@@ -101,8 +105,8 @@ def memory_of(run: RunConfig, size: ModelSize) -> Memory:
 
 def _gathered(run: RunConfig, part: Part, ranks: int) -> int:
     """Elements of a part that exist a second time to compute with; `ranks` share it."""
-    if ranks == 1 and run.transformer.main_params_dtype == run.transformer.params_dtype:
-        return 0
+    if ranks == 1:
+        return 0 if run.transformer.main_params_dtype == run.transformer.params_dtype else part.shard
     if run.ddp.data_parallel_sharding_strategy == "optim_grads_params":
         return min(part.shard, 2 * part.largest_layer + part.shard - part.in_layers)
     return part.shard
@@ -144,18 +148,20 @@ def _of_mlp(run: RunConfig) -> float:
 
 
 def _of_experts(run: RunConfig) -> float:
-    """What a layer of experts keeps, per token, when the load is even: for each of the topk choices the row (h) and two
-    or three activations of one expert, split over expert tensor ranks; and the shared experts' activations.
+    """What a layer of experts keeps, per token, when the load is even: for each of the topk choices the row (h) and
+    three activations of one expert, gated five, split over expert tensor ranks; and the shared experts' activations.
 
     A rank routes 1 / tp of the tokens, and gets as many rows from others as it sends, on each expert tensor rank.
-    Recomputing moe_act keeps one activation less, recomputing moe none of all this.
+    Recomputing moe_act keeps the output of the first product only (one activation, gated two), recomputing moe none
+    of all this.
     """
     c = run.transformer
     recomputed = (c.recompute_modules or []) if c.recompute_granularity == "selective" else []
     if "moe" in recomputed:
         return 0.0
     tp, etp = c.tensor_model_parallel_size, c.expert_tensor_parallel_size or c.tensor_model_parallel_size
-    kept = (3 if c.gated_linear_unit else 2) - ("moe_act" in recomputed)
+    first = 2 if c.gated_linear_unit else 1
+    kept = first if "moe_act" in recomputed else 2 * first + 1
     row = c.hidden_size + kept * (c.moe_ffn_hidden_size or 0) / etp
     shared = (3 if c.gated_linear_unit else 2) * (c.moe_shared_expert_intermediate_size or 0) / tp
     return c.moe_router_topk * row * etp / tp + shared

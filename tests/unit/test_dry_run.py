@@ -138,14 +138,41 @@ def test_experts_without_copies_are_not_gathered() -> None:
 
 
 def test_activations_of_experts() -> None:
-    """3 of 4 layers: for each of 2 choices a row of 256 and three activations of 512; moe_act keeps two of them."""
+    """3 of 4 layers: for each of 2 choices a row of 256 and five activations of 512; moe_act keeps two of them.
+
+    That these are kept is tested in transformer/moe/test_experts.py.
+    """
     dense = 4 * 256 + 32 * 32
     words = ["--recompute-granularity", "selective", "--recompute-modules"]
-    for modules, kept in ((["core_attn"], 2 * (256 + 3 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
+    for modules, kept in ((["core_attn"], 2 * (256 + 5 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
         run = run_of("quickstart_moe", 2, *words, *modules)
         assert activation_bytes(run) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * kept)
     shared = run_of("quickstart_moe", 2, *words, "core_attn", "--moe-shared-expert-intermediate-size", "128")
-    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (256 + 3 * 512) + 3 * 128))
+    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (256 + 5 * 512) + 3 * 128))
+
+
+@pytest.mark.parametrize(("etp", "rows"), [(1, 1), (2, 2), (4, 4)])
+def test_activations_of_experts_over_tensor_ranks(etp: int, rows: int) -> None:
+    """At TP 4 a rank routes a quarter of the tokens and gets `rows` times as many rows, 1/etp wide, shared experts 1/4.
+
+    Mutations: leave out etp / tp, / etp or / tp.
+    """
+    words = f"--tensor-model-parallel-size 4 --expert-tensor-parallel-size {etp} --expert-model-parallel-size 1"
+    words += " --sequence-parallel --moe-shared-expert-intermediate-size 128 --moe-layer-freq 1"
+    attention = 256 + 32 * 32 // 4
+    experts = 2 * rows * (256 + 5 * 512 // etp) // 4 + 3 * 128 // 4
+    assert activation_bytes(run_of("quickstart_moe", 4, *words.split())) == 8 * 256 * 4 * 4 * (attention + experts)
+
+
+def test_a_part_without_copies_is_cast_whole_and_reduces_nothing() -> None:
+    """In bf16, EP 2 on 2 ranks: dp 2, experts alone. Mutations: two layers of them; a second gradient."""
+    part = Part(shard=1000, stored=1000, largest_layer=100, in_layers=400)
+    size = ModelSize(9, 9, 0, Part(), part)
+    bf16 = ["--bf16", "--global-batch-size", "64", "--data-parallel-sharding-strategy"]
+    assert memory_of(run_of("quickstart_moe", 2, *bf16, "optim_grads_params"), size).compute_weights == 1000 * 2
+    assert memory_of(run_of("quickstart_moe", 2, *bf16, "optim"), size).gradients == 1000 * 4
+    dense = ModelSize(9, 9, 0, part)
+    assert memory_of(run_of("quickstart_moe", 2, *bf16, "optim"), dense).gradients == 2 * 1000 * 4
 
 
 def test_a_pipeline_is_described_by_its_first_stage() -> None:
