@@ -71,6 +71,7 @@ def wrap_data_parallel(
         options |= {"mesh": data_parallel, "ignored_params": ignored}
         for layer in [module for name, module in model.named_modules() if _LAYER.fullmatch(name)]:
             fully_shard(layer, reshard_after_forward=split_parameters, **options)
+            _prefetch_experts(layer)
         fully_shard(model, reshard_after_forward=False, **options)
     for unit in _units(model):
         # Before the factor: gloo has no reduction that multiplies.
@@ -102,6 +103,13 @@ def _wrap_experts(experts: list[nn.Module], expert_mesh: DeviceMesh, **options: 
         fully_shard(module, mesh=data_parallel, shard_placement_fn=lambda p: _even_split(p, shards), **options)
         if hasattr(module, "forward_dispatched"):
             register_fsdp_forward_method(module, "forward_dispatched")
+
+
+def _prefetch_experts(layer: nn.Module) -> None:
+    """Gather a layer's experts with the layer: later, the host waits for the counts of tokens before it gets to them."""
+    experts = [module for module in layer.modules() if _holds_experts(module) and isinstance(module, FSDPModule)]
+    if isinstance(layer, FSDPModule) and experts:
+        layer.set_modules_to_forward_prefetch(experts)
 
 
 def _even_split(parameter: Tensor, shards: int) -> Shard:
