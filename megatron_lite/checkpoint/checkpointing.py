@@ -212,6 +212,7 @@ def _warn_of_drift(chunks: list[nn.Module]) -> None:
             parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
             parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
     except CheckpointError as error:
         _print_rank_0(

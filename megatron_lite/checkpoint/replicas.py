@@ -1,4 +1,4 @@
-"""Comparing the copies of replicated parameters before a save.
+"""Comparing the copies of replicated tensors before a save.
 
 torch.distributed.checkpoint stores one of several copies of a tensor and does not look at the others. If they have
 drifted apart, which is always a bug, the checkpoint would hide it: the resumed run differs from the one that went on.
@@ -24,27 +24,35 @@ def verify_replicas(
     replicate_group: dist.ProcessGroup | None = None,
     etp_group: dist.ProcessGroup | None = None,
     expert_replicate_group: dist.ProcessGroup | None = None,
+    data_parallel_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Check that parameters which every tensor parallel rank, or every replica of the model, holds are bit-equal.
+    """Check that tensors which every tensor parallel rank, or every replica of the model, holds are bit-equal.
 
     Routed experts differ over the tensor parallel ranks and have replicas elsewhere, so they have groups of their own.
+    Buffers (the router's expert_bias) are not split over data parallel ranks as parameters are: each has a copy.
 
-    Collective: one all-reduce (MAX) of a few bytes per parameter over each group, and one flag over the world.
+    Collective: one all-reduce (MAX) of a few bytes per tensor over each group, and one flag over the world.
 
     Args:
         tp_group: ranks that share the parameters which are not split over tensor parallel ranks.
         replicate_group: ranks that hold whole replicas of this rank's shards (the dimension dp_replicate).
         etp_group: ranks that share the experts' parameters which are not split over expert tensor parallel ranks.
         expert_replicate_group: ranks that hold whole replicas of this rank's experts (the dimension edp_replicate).
+        data_parallel_group: ranks that hold whole copies of dense tensors that are no DTensors (all of dp x cp); None
+            for those of `replicate_group`.
 
     Raises:
         CheckpointError: on every rank, with the names that differ and the ranks that noticed.
     """
     tensors, of_experts = model_tensors(model_chunks), _expert_names(model_chunks)
     dense = {name: tensor for name, tensor in tensors.items() if name not in of_experts}
+    plain = {name: tensor for name, tensor in dense.items() if not isinstance(tensor, DTensor)}
+    distributed = {name: tensor for name, tensor in dense.items() if name not in plain}
     experts = {name: tensor for name, tensor in tensors.items() if name in of_experts}
     differing = _differing(_not_split(dense, "tp"), tp_group, "tensor parallel ranks")
-    differing += _differing(dense, replicate_group, "replicas of the model")
+    differing += _differing(distributed, replicate_group, "replicas of the model")
+    everybody = replicate_group if data_parallel_group is None else data_parallel_group
+    differing += _differing(plain, everybody, "data parallel ranks")
     differing += _differing(_not_split(experts, "etp"), etp_group, "expert tensor parallel ranks")
     differing += _differing(experts, expert_replicate_group, "replicas of the experts")
 

@@ -106,8 +106,11 @@ def _wrap_experts(experts: list[nn.Module], expert_mesh: DeviceMesh, **options: 
 
 
 def _prefetch_experts(layer: nn.Module) -> None:
-    """Gather a layer's experts with the layer: later, the host waits for the counts of tokens before it gets to them."""
-    experts = [module for module in layer.modules() if _holds_experts(module) and isinstance(module, FSDPModule)]
+    """Gather a layer's experts with the layer: later the host waits for counts before it gets to them."""
+    experts: list[FSDPModule] = []
+    for module in layer.modules():
+        if _holds_experts(module) and isinstance(module, FSDPModule):
+            experts.append(module)
     if isinstance(layer, FSDPModule) and experts:
         layer.set_modules_to_forward_prefetch(experts)
 

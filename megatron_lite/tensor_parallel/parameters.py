@@ -171,14 +171,29 @@ def _mesh_of_experts(
             return parallel_state.get_expert_mesh()["ep", "etp"]
         if tp_ep_group is not None:
             device_type = "cuda" if dist.get_backend(ep_group) == "nccl" else "cpu"
-            # In the joint group the expert tensor parallel ranks are neighbours.
-            ranks = torch.tensor(dist.get_process_group_ranks(tp_ep_group)).view(-1, group_size(etp_group))
+            ranks = _grid_of_ranks(*(dist.get_process_group_ranks(one) for one in (ep_group, etp_group, tp_ep_group)))
             return DeviceMesh.from_group([ep_group, etp_group], device_type, mesh=ranks, mesh_dim_names=("ep", "etp"))
     if group_size(ep_group) * group_size(etp_group) == 1:
         return None
     raise ConfigError(
         f"the experts are split over groups of {group_size(ep_group)} (ep) and {group_size(etp_group)} (expt_tp) ranks "
         "that initialize_model_parallel did not make; give ep, expt_tp and tp_ep, all three, in the pg_collection."
+    )
+
+
+def _grid_of_ranks(ep_ranks: list[int], etp_ranks: list[int], joint_ranks: list[int]) -> Tensor:
+    """The ranks of the joint group as [ep, etp], of which `ep_ranks` are a column and `etp_ranks` a row.
+
+    Which of the two are neighbours in the joint group is the user's choice.
+    """
+    if len(ep_ranks) * len(etp_ranks) == len(joint_ranks):
+        joint = torch.tensor(joint_ranks, device="cpu")
+        for grid in (joint.view(len(ep_ranks), -1), joint.view(-1, len(ep_ranks)).t().contiguous()):
+            if ep_ranks in grid.t().tolist() and etp_ranks in grid.tolist():
+                return grid
+    raise ConfigError(
+        f"the ranks {ep_ranks} of ep and {etp_ranks} of expt_tp are no column and row of a grid of the ranks "
+        f"{joint_ranks} of tp_ep; join in tp_ep the ranks of both, in the order ep x expt_tp or expt_tp x ep."
     )
 
 

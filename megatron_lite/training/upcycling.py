@@ -22,6 +22,7 @@ from megatron_lite.checkpoint.tensor_files import read_tensors
 # How a parameter is split is known there; initial values are cut to what a rank stores in the same way.
 from megatron_lite.tensor_parallel.parameters import _shard_of, _shard_of_expert, _stored_experts, local
 from megatron_lite.training.initialize import print_rank_0
+from megatron_lite.transformer.moe.routing import route, route_by_sinkhorn
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 _OF_EXPERTS = re.compile(r"(.*\.layers\.\d+\.mlp\.)(router|experts|shared_experts)\.")
@@ -57,8 +58,11 @@ def upcycle(folder: Path, model: nn.Module, config: TransformerConfig) -> None:
     """Fill a model with experts from a dense checkpoint of the same architecture, at any layout.
 
     All but the MLPs of layers with experts is loaded as it is. Routers and shared experts keep their initial values.
-    Where the scores of the chosen experts sum to 1 (a softmax behind the choice), and there are no shared experts, the
-    new model computes what the dense one did. Collective over the world.
+    Without shared experts and dropped tokens the new model computes what the dense one did. That is exact, up to
+    rounding, where the weights of a token's experts have one sum for all logits: a softmax behind the choice, sigmoid
+    and sqrtsoftplus with k > 1, and a softmax over all E experts (before the choice, or sinkhorn's) with k = E > 1.
+    Elsewhere the sum depends on the logits; the experts are scaled for logits of zero, so it is exact where all rows of
+    the router are zero, and approximate where they are small. Collective over the world.
 
     Args:
         folder: of one checkpoint.
@@ -130,15 +134,23 @@ def _fill_experts(
 
 
 def _scale(config: TransformerConfig) -> float:
-    """Factor on the second layer that undoes the scores, as they are with a router that knows nothing yet.
+    """Factor on the second layer that undoes the weights, as they are with a router that knows nothing yet.
 
-    Behind the choice, scores sum to 1 over the topk experts, N of which make up one MLP. Before it, they are about 1/E.
+    At logits of zero the k weights are alike, and the parts of an MLP are k / N of the chosen experts each: together
+    they get 1/N of the sum. Groups of experts and the expert bias change the choice alone.
     """
-    experts, parts = config.num_moe_experts or 1, config.moe_upcycling_granularity
-    scale = float(parts)
-    if config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax:
-        scale = experts * parts / config.moe_router_topk
-    return scale / (config.moe_router_topk_scaling_factor or 1.0)
+    logits = torch.zeros(1, config.num_moe_experts or 1, dtype=torch.float64, device="cpu")
+    if "sinkhorn" in config.balance_types:
+        weights, _ = route_by_sinkhorn(logits, config.moe_router_topk, balance=False)
+    else:
+        weights, _ = route(
+            logits,
+            config.moe_router_topk,
+            score_function=config.moe_router_score_function,
+            pre_softmax=config.moe_router_pre_softmax,
+            scaling_factor=config.moe_router_topk_scaling_factor,
+        )
+    return config.moe_upcycling_granularity / weights.sum().item()
 
 
 def _join_virtual_groups(own: Mapping[str, Tensor], parts: int) -> None:

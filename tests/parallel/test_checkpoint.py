@@ -351,17 +351,21 @@ def test_another_model_is_refused_on_every_rank(pool: WorkerPool, tmp_path: Path
 def drift(rank: int, world_size: int, layout: Layout, name: str, drifting: int, root: str) -> str:
     """What a save says after one element of one rank's copy has changed by one bit."""
     model, optimizer = build(layout)
-    replicas = parallel_state.get_dense_mesh()["dp_replicate"].get_group()
-    verify_replicas(model, parallel_state.get_tensor_model_parallel_group(), replicas)
-    parameter = local(dict(model.named_parameters())[name].detach())
+    groups = {
+        "tp_group": parallel_state.get_tensor_model_parallel_group(),
+        "replicate_group": parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
+        "data_parallel_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    verify_replicas(model, **groups)
+    first = local({**dict(model.named_parameters()), **dict(model.named_buffers())}[name].detach()).view(-1)[:1]
     if rank == drifting:
-        parameter.view(-1)[:1].copy_(torch.nextafter(parameter.view(-1)[:1], torch.tensor([9.0], dtype=torch.float64)))
+        first.copy_(torch.nextafter(first, torch.full_like(first, 9.0)))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         save_checkpoint(root, 1, model, optimizer, {}, config_dict={})
     assert read_tracker(root) == 1
     with pytest.raises(CheckpointError) as caught:
-        verify_replicas(model, parallel_state.get_tensor_model_parallel_group(), replicas)
+        verify_replicas(model, **groups)
     if rank == 0:
         assert "WARNING" in said.getvalue()
         assert str(caught.value) in said.getvalue()
@@ -374,11 +378,13 @@ def drift(rank: int, world_size: int, layout: Layout, name: str, drifting: int, 
         (Layout(tp=2), "decoder.final_layernorm.weight", "tensor parallel ranks"),
         (Layout(tp=2, dp=2, strategy="optim"), "decoder.layers.1.mlp.linear_fc2.bias", "tensor parallel ranks"),
         (Layout(dp=2), "decoder.layers.0.mlp.linear_fc1.weight", "replicas of the model"),
+        (Layout(moe="bias", dp=2, strategy="optim"), "decoder.layers.1.mlp.router.expert_bias", "data parallel ranks"),
     ],
-    ids=["tp2", "tp2-dp2", "dp2"],
+    ids=["tp2", "tp2-dp2", "dp2", "buffer"],
 )
 def test_replicas_that_drifted_apart_are_named(
     pool: WorkerPool, tmp_path: Path, layout: Layout, name: str, whose: str
 ) -> None:
+    """A save says the same. Mutation: `_warn_of_drift` without the data parallel group misses the buffer."""
     for message in pool.run(drift, layout, name, 1, str(tmp_path), world_size=layout.world_size):
         assert f"the {whose} should hold equal copies of {name}, but they differ" in message

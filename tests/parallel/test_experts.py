@@ -16,13 +16,16 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import CheckpointError, verify_replicas
 from megatron_lite.distributed import data_parallel, finalize_model_grads
+from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import OptimizerConfig
 from megatron_lite.optimizer import optimizer as optimizer_module
+from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel import local, parameters
 from megatron_lite.transformer.moe import experts as experts_module
+from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel import toy_experts
 from tests.parallel.pool import WorkerError
-from tests.parallel.toy_experts import EXPERTS, HIDDEN, LAYERS, TOPK, WIDTH, backward, build, train
+from tests.parallel.toy_experts import EXPERTS, HIDDEN, LAYERS, TOKENS, TOPK, WIDTH, backward, build, train
 from tests.parallel.toy_model import whole, whole_gradients, whole_weights
 
 # Names of layouts: world size, and what `build` is told. dp is the dense data parallel size, edp that of the experts.
@@ -185,6 +188,80 @@ def check_without_tokens(pool, layout, only, broken=None):
         assert found_norm == pytest.approx(norm, rel=1e-12)
 
 
+# Process groups of the user's own
+
+NEIGHBOURS, STRIDED = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+
+
+def own_groups(ep_ranks, etp_ranks) -> ProcessGroupCollection:
+    ep, expt_tp = (torch.distributed.new_subgroups_by_enumeration(ranks)[0] for ranks in (ep_ranks, etp_ranks))
+    return ProcessGroupCollection(ep=ep, expt_tp=expt_tp, tp_ep=torch.distributed.new_group())
+
+
+def with_own_groups(rank, world_size, ep_ranks, etp_ranks) -> dict[str, float]:
+    """By how much output, weights and gradients differ from those of one process."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=1,
+        fp64=True,
+        init_method_std=0.5,
+        num_moe_experts=EXPERTS,
+        moe_ffn_hidden_size=WIDTH,
+        moe_token_dispatcher_type="alltoall",
+        swiglu=True,
+        add_bias_linear=False,
+    )
+    tokens = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
+    scores, indices = torch.rand(TOKENS, TOPK, dtype=torch.float64), toy_experts.choices(torch.arange(TOKENS))
+    groups = own_groups(ep_ranks, etp_ranks)
+    mine = [tensor.chunk(world_size)[rank] for tensor in (tokens, scores, indices)]
+    torch.manual_seed(1)
+    alone = experts_module.GroupedMLP(EXPERTS, config, ProcessGroupCollection())
+    expected = alone(tokens, scores, indices)
+    expected.square().sum().backward()
+    torch.manual_seed(1)
+    experts = experts_module.GroupedMLP(EXPERTS // groups.ep.size(), config, groups)
+    found = experts(*mine)
+    found.square().sum().backward()
+
+    def held(whole, dim):
+        """What this rank has of it."""
+        block = whole.chunk(groups.ep.size())[groups.ep.rank()]
+        return block.chunk(groups.expt_tp.size(), dim)[groups.expt_tp.rank()]
+
+    pairs = {"output": (found, expected.chunk(world_size)[rank])}
+    for name, dim in (("weight1", 1), ("weight2", 2)):
+        ours, theirs = getattr(experts, name), getattr(alone, name)
+        pairs[name] = (local(ours), held(theirs, dim))
+        pairs[f"gradient of {name}"] = (local(ours.grad), held(theirs.grad, dim))
+    return {name: (ours - theirs).abs().max().item() for name, (ours, theirs) in pairs.items()}
+
+
+@pytest.mark.parametrize(("ep_ranks", "etp_ranks"), [(STRIDED, NEIGHBOURS), (NEIGHBOURS, STRIDED)])
+def test_the_order_of_own_process_groups_is_free(pool, ep_ranks, etp_ranks):
+    """Mutation: the expert tensor parallel ranks, or the expert parallel ones, taken for neighbours."""
+    for errors in pool.run(with_own_groups, ep_ranks, etp_ranks, world_size=4):
+        assert max(errors.values()) < 1e-12, errors
+
+
+def refuse_groups(rank, world_size) -> str:
+    with pytest.raises(ConfigError) as caught:
+        experts_module.GroupedMLP(
+            EXPERTS // 2,
+            TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1),
+            own_groups(NEIGHBOURS, [[0, 3], [1, 2]]),
+        )
+    return str(caught.value)
+
+
+def test_own_process_groups_that_form_no_grid_are_refused(pool):
+    """Mutation: take any order that is not the one for the other."""
+    message = pool.run(refuse_groups, world_size=4)[0]
+    assert "[0, 1] of ep and [0, 3] of expt_tp are no column and row" in message
+    assert "[0, 1, 2, 3] of tp_ep; join in tp_ep" in message
+
+
 # T28 and resharding
 
 
@@ -262,18 +339,21 @@ def test_experts_load_at_another_layout(pool, tmp_path, source, target):
 
 
 def drifted(options, name, element):
-    """What `verify_replicas` says before and after the last rank changes its copy of one parameter."""
+    """What `verify_replicas` says before and after the last rank changes its copy of one parameter or buffer."""
     model, optimizer = build(OptimizerConfig(lr=0.1), **options)
+    model.register_buffer("expert_bias", torch.zeros(EXPERTS))
+    tensors = {**optimizer.named_parameters, **dict(model.named_buffers())}
     dense, expert = parallel_state.get_dense_mesh(), parallel_state.get_expert_mesh()
     groups = (
         parallel_state.get_tensor_model_parallel_group(),
         dense["dp_replicate"].get_group(),
         parallel_state.get_expert_tensor_parallel_group(),
         expert["edp_replicate"].get_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     verify_replicas(model, *groups)
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        local(optimizer.named_parameters[name].detach()).view(-1)[element] += 1.0
+        local(tensors[name].detach()).view(-1)[element] += 1.0
     try:
         verify_replicas(model, *groups)
     except CheckpointError as error:
@@ -288,13 +368,18 @@ def drifted(options, name, element):
         ("ep2-etp2-x2", "layers.1.experts.weight1", "replicas of the experts"),
         ("dp2", "layers.1.experts.bias1", "replicas of the experts"),
         ("tp2-ep2", "layers.1.router", "tensor parallel ranks"),
+        ("tp2-edp2", "expert_bias", "the tensor parallel ranks"),
+        ("ep2-optim", "expert_bias", "data parallel ranks"),
+        ("ep2-x2", "expert_bias", "data parallel ranks"),
+        ("cp2-ep2-etp2-none", "expert_bias", "data parallel ranks"),
         # Shards, not copies: nobody else has them.
         ("tp2-etp2", "layers.0.experts.weight1", "nothing"),
         ("tp2-ep2", "layers.0.experts.bias2", "nothing"),
     ],
 )
 def test_copies_of_experts_are_compared_where_there_are_copies(pool, layout, name, says):
-    """T50. Fails, as the first comparison already complains, if experts are compared over tp (`compared_as_dense`)."""
+    """T50. Fails, as the first comparison already complains, if experts are compared over tp (`compared_as_dense`), and
+    if buffers, which FSDP does not split, are compared where whole models are alone."""
     for said in run(pool, layout, drifted, name, 0):
         assert says in said
         assert name in said or says == "nothing"
@@ -370,9 +455,9 @@ def compared_as_dense():
 def empty_experts_skipped():
     original = experts_module.grouped_linear
 
-    def broken(x, weight, tokens_per_expert, backend):
+    def broken(x, weight, tokens_per_expert, backend, **options):
         if len(x):
-            return original(x, weight, tokens_per_expert, backend)
+            return original(x, weight, tokens_per_expert, backend, **options)
         return torch.nn.functional.linear(x, weight[0].detach())
 
     return mock.patch.object(experts_module, "grouped_linear", broken)

@@ -7,6 +7,7 @@ been run: the package needs several GPUs of the Hopper generation.
 
 import importlib
 import importlib.util
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.process_groups import ProcessGroupCollection
+from megatron_lite.transformer.moe.moe_rules import without_flex
 from megatron_lite.transformer.moe.permutation import Permutation, gather_rows, gather_slots, group_slots, sum_rows
 from megatron_lite.transformer.moe.token_dispatcher import (
     Dispatched,
@@ -25,7 +27,9 @@ from megatron_lite.transformer.moe.token_dispatcher import (
 )
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
-_buffers: dict[str, Any] = {}
+# By name of the group. The layers share one, and it holds the group: kept alive by the dispatchers alone, both go with
+# the model.
+_buffers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def deep_ep_is_installed() -> bool:
@@ -107,28 +111,29 @@ class FlexTokenDispatcher(TokenDispatcher):
     With one rank there is nothing to send and the package is not needed.
 
     Raises:
-        ConfigError: deep_ep is not installed, or padding to capacity is asked for.
+        ConfigError: deep_ep is not installed and there are several ranks, or padding to capacity is asked for.
     """
 
     def __init__(
         self, config: TransformerConfig, num_local_experts: int, pg_collection: ProcessGroupCollection | None = None
     ) -> None:
         super().__init__(config, num_local_experts, pg_collection)
-        if not deep_ep_is_installed():
+        self._buffer: Any = None
+        if self.size > 1 and not deep_ep_is_installed():
             raise ConfigError(
                 "moe_token_dispatcher_type is flex, which needs the package deep_ep (DeepEP), but it is not installed; "
                 "build it from https://github.com/deepseek-ai/DeepEP on the GPU machine, or write "
-                "--moe-token-dispatcher-type alltoall."
+                f"{without_flex(config)}."
             )
         if config.moe_pad_expert_input_to_capacity:
             raise ConfigError(
                 "moe_pad_expert_input_to_capacity is on, but flex sends no padding; leave it out, or write "
-                "--moe-token-dispatcher-type alltoall."
+                f"{without_flex(config)}."
             )
 
     def _dispatch(self, tokens: Tensor, probs: Tensor, indices: Tensor, capacity: int | None) -> Dispatched:
         assert self.group is not None, "several ranks are in a group"
-        buffer = _buffer_of(self.group, tokens.size(1) * max(tokens.element_size(), 2))
+        buffer = self._buffer = _buffer_of(self.group, tokens.size(1) * max(tokens.element_size(), 2))
         # To DeepEP each copy of an expert, one for each expert tensor parallel rank, is an expert of its own.
         destinations = self._destinations(indices)
         destinations = torch.where(destinations == self.size * self.num_local_experts, -1, destinations)
@@ -139,7 +144,7 @@ class FlexTokenDispatcher(TokenDispatcher):
         keys = torch.where(local_experts >= 0, local_experts, self.num_local_experts).flatten()
         slots, tokens_per_expert = group_slots(keys, self.num_local_experts)
         num_rows, width = local_experts.shape
-        sent = Permutation.from_slots(slots[: sum(counts)], num_rows, width, complete=False)
+        sent = Permutation.from_slots(slots[: sum(counts)], num_rows, width, idle_slots=True)
         state = FlexState(sent, handle=handle, buffer=buffer)
         return gather_rows(received, sent), gather_slots(received_probs, sent), tokens_per_expert, state
 

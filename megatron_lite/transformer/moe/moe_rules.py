@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_lite.model_parallel_config import divisors, nearest_multiples
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def layer_frequency_violations(config: "MoEConfig", num_layers: int) -> Iterator
     if len(frequency) != num_layers or not set(frequency) <= {0, 1}:
         yield (
             f"moe_layer_freq is {frequency}, but it must have a 0 (dense) or 1 (experts) for each of the {num_layers} "
-            f"layers: write for example ([0]*1+[1]*{num_layers - 1})."
+            f"layers: write for example [1]*{num_layers}."
         )
     elif not any(frequency):
         yield f"moe_layer_freq is {frequency}, but no layer has experts then: leave out --num-experts, or write a 1."
@@ -187,13 +189,32 @@ def _dispatch(config: "MoEConfig") -> Iterator[str]:
     if config.moe_pad_expert_input_to_capacity and kind == "flex":
         yield (
             "moe_pad_expert_input_to_capacity is set with moe_token_dispatcher_type flex, which sends what there is: "
-            "write --moe-token-dispatcher-type alltoall, or leave it out."
+            f"write {without_flex(config)}, or leave it out."
         )
     if config.moe_shared_expert_overlap and kind == "allgather":
         yield (
             "moe_shared_expert_overlap is set with moe_token_dispatcher_type allgather, but only alltoall and flex "
             "leave time to overlap: write --moe-token-dispatcher-type alltoall, or leave it out."
         )
+    if config.moe_enable_deepep and kind != "flex":
+        yield (
+            f"moe_enable_deepep is set with moe_token_dispatcher_type {kind}, but DeepEP is behind flex alone: write "
+            "--moe-token-dispatcher-type flex, or leave out --moe-enable-deepep."
+        )
+    # A process group that holds this rank alone sends nothing.
+    ep, etp = config.expert_model_parallel_size, config.expert_tensor_parallel_size or 1
+    if kind == "flex" and ep * etp > 1 and config.params_dtype != torch.bfloat16:
+        yield (
+            f"moe_token_dispatcher_type is flex over {ep * etp} ranks (expert_model_parallel_size {ep}, "
+            f"expert_tensor_parallel_size {etp}) and tokens are {str(config.params_dtype).removeprefix('torch.')}, but "
+            f"DeepEP's kernels take bfloat16 only: add --bf16, or write {without_flex(config)}."
+        )
+
+
+def without_flex(config: "MoEConfig") -> str:
+    """The flags that lead away from the flex dispatcher, for error messages."""
+    instead = "--moe-token-dispatcher-type alltoall"
+    return f"{instead} and leave out --moe-enable-deepep" if config.moe_enable_deepep else instead
 
 
 def _upcycling(config: "MoEConfig", experts: int) -> Iterator[str]:
@@ -205,3 +226,19 @@ def _upcycling(config: "MoEConfig", experts: int) -> Iterator[str]:
             f"moe_upcycling_granularity is {parts}, but it must divide num_moe_experts ({experts}), since each dense "
             f"MLP becomes so many experts: use one of {divisors(experts)}."
         )
+        return
+    k, groups, chosen = config.moe_router_topk, config.moe_router_num_groups, config.moe_router_group_topk
+    if 1 <= k <= experts and k % parts:
+        yield (
+            f"moe_router_topk is {k}, but with upcycling it must be a multiple of moe_upcycling_granularity ({parts}), "
+            f"since a token needs all {parts} parts of an MLP: write --moe-router-topk {nearest_multiples(k, parts)}."
+        )
+    if groups and chosen and 0 < groups <= experts and not experts % groups:
+        size = experts // groups
+        # Either a group holds whole MLPs, or an MLP is whole groups and the chosen ones are whole MLPs.
+        if size % parts and (parts % size or chosen % (parts // size)):
+            yield (
+                f"moe_router_num_groups is {groups}, which makes groups of {size} experts, but with upcycling they "
+                f"must not divide the {parts} parts of an MLP (moe_upcycling_granularity), all of which a token needs: "
+                f"use one of {divisors(experts // parts)}."
+            )

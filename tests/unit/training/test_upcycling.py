@@ -9,6 +9,8 @@ from tests.unit.training.test_loop import MOCK, lines, run
 
 FP64 = ["--fp64", "--eval-iters", "0", "--log-interval", "1", "--num-layers", "2"]
 UPCYCLE = ["--moe-use-upcycling", "--num-experts", "4"]
+HALVES = ["--moe-upcycling-granularity", "2", "--moe-ffn-hidden-size", "32"]
+K1 = ["--moe-router-topk", "1"]
 
 
 @pytest.fixture
@@ -40,16 +42,46 @@ def first_loss(monkeypatch, path: Path, dense: Path, *words: str) -> float:
         (["--swiglu"], ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]),
         ([], ["--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
         ([], ["--moe-router-pre-softmax", "--moe-router-topk", "4"]),
-        (["--swiglu"], ["--moe-upcycling-granularity", "2", "--moe-ffn-hidden-size", "32"]),
-        ([], ["--moe-upcycling-granularity", "2", "--moe-ffn-hidden-size", "32", "--moe-router-topk", "4"]),
+        (["--swiglu"], HALVES),
+        ([], [*HALVES, "--moe-router-topk", "4"]),
+        ([], ["--moe-router-score-function", "sqrtsoftplus"]),
+        ([], ["--moe-router-load-balancing-type", "sinkhorn", "--moe-router-topk", "4"]),
+        (["--swiglu"], [*HALVES, "--moe-router-num-groups", "2", "--moe-router-group-topk", "1"]),
     ],
 )
 def test_the_loss_is_that_of_the_dense_model(monkeypatch, tmp_path, dense, shape, experts):
-    """Scores that sum to 1 over copies of one MLP, or over its parts, change nothing.
+    """Weights with a constant sum over copies of one MLP, or over its parts, change nothing, whatever the router.
 
     Mutations: parts taken by e // N instead of e % N, a bias that each part adds whole, gates and ups of different
     parts (rows split after reordering), no scale with a factor on the scores: another loss.
     """
+    compare_losses(monkeypatch, tmp_path, dense, shape, experts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "experts"),
+    [
+        ([], ["--moe-router-pre-softmax"]),
+        ([], [*K1, "--moe-router-pre-softmax", "--moe-router-topk-scaling-factor", "2.5"]),
+        (["--swiglu"], [*HALVES, "--moe-router-pre-softmax"]),
+        ([], [*K1, "--moe-router-score-function", "sigmoid"]),
+        ([], [*K1, "--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
+        ([], [*K1, "--moe-router-score-function", "sqrtsoftplus"]),
+        ([], [*K1, "--moe-router-load-balancing-type", "sinkhorn"]),
+        ([], ["--moe-router-load-balancing-type", "sinkhorn"]),
+        (["--swiglu"], [*HALVES, "--moe-router-load-balancing-type", "sinkhorn"]),
+    ],
+)
+def test_weights_that_depend_on_logits_sum_to_one_at_zero(monkeypatch, tmp_path, dense, shape, experts):
+    """With rows of the router that are zero.
+
+    Mutation: taking a softmax before the choice for the only weighing that does not sum to 1.
+    """
+    compare_losses(monkeypatch, tmp_path, dense, shape, [*experts, "--init-method-std", "0"])
+
+
+def compare_losses(monkeypatch, tmp_path, dense, shape, experts):
+    """Of a dense model, and of the same one upcycled."""
     shape = [*shape, "--ffn-hidden-size", "64"]
     folder = dense(*shape)
     wanted = first_loss(monkeypatch, tmp_path / "a.jsonl", folder, *shape)

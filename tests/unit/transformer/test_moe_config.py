@@ -62,6 +62,9 @@ def test_what_follows_from_what() -> None:
     assert (config.moe_ffn_hidden_size, config.expert_tensor_parallel_size) == (96, 2)
     assert config_of(num_moe_experts=None).moe_ffn_hidden_size is None
     assert config_of(moe_enable_deepep=True).moe_token_dispatcher_type == "flex"
+    # An error may have told the user to write alltoall. Mutation: turn whatever was given into flex.
+    given = config_of(moe_enable_deepep=True, moe_token_dispatcher_type="alltoall")
+    assert given.moe_token_dispatcher_type == "alltoall"
 
 
 def test_several_balance_losses_each_with_its_coefficient() -> None:
@@ -88,6 +91,9 @@ def test_recomputation_of_experts() -> None:
 
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 SINKHORN = {"moe_router_load_balancing_type": "sinkhorn"}
+FLEX = {"moe_token_dispatcher_type": "flex"}
+PADDED = {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}
+PARTS = {"moe_use_upcycling": True, "moe_upcycling_granularity": 4}
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
 # changed settings, and what the one sentence must hold: the value, the rule, the remedy
 BROKEN: list[tuple[dict[str, Any], list[str]]] = [
@@ -126,9 +132,19 @@ BROKEN: list[tuple[dict[str, Any], list[str]]] = [
     ({"moe_pad_expert_input_to_capacity": True}, ["moe_pad_expert_input_to_capacity", "--moe-expert-capacity-factor"]),
     ({"moe_expert_capacity_factor": 0.0}, ["moe_expert_capacity_factor is 0.0", "positive"]),
     (
-        {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0, "moe_enable_deepep": True},
-        ["flex", "--moe-token-dispatcher-type alltoall"],
+        PADDED | {"moe_enable_deepep": True},
+        ["flex", "--moe-token-dispatcher-type alltoall and leave out --moe-enable-deepep,"],
     ),
+    (PADDED | FLEX, ["flex", "write --moe-token-dispatcher-type alltoall, or leave it out"]),
+    (
+        {"moe_enable_deepep": True, "moe_token_dispatcher_type": "alltoall"},
+        ["moe_enable_deepep is set", "type alltoall", "type flex, or leave out --moe-enable-deepep"],
+    ),
+    (
+        FLEX | {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2},
+        ["flex over 8 ranks", "float32", "bfloat16 only", "--bf16", "--moe-token-dispatcher-type alltoall"],
+    ),
+    (FLEX | {"expert_tensor_parallel_size": 2, "fp16": True}, ["flex over 2 ranks", "float16", "--bf16"]),
     ({"moe_shared_expert_gate": True}, ["moe_shared_expert_gate is set", "--moe-shared-expert-intermediate-size N"]),
     (
         {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 64},
@@ -143,10 +159,24 @@ BROKEN: list[tuple[dict[str, Any], list[str]]] = [
     (SINKHORN | {"moe_expert_capacity_factor": 1.0}, ["moe_expert_capacity_factor is 1.0", "sinkhorn"]),
     (SINKHORN | {"moe_router_topk_scaling_factor": 2.5}, ["moe_router_topk_scaling_factor is 2.5", "sinkhorn"]),
     ({"moe_layer_freq": 0}, ["moe_layer_freq is 0", "at least 1"]),
-    ({"moe_layer_freq": [0, 1]}, ["moe_layer_freq is [0, 1]", "4 layers", "([0]*1+[1]*3)"]),
+    ({"moe_layer_freq": [0, 1]}, ["moe_layer_freq is [0, 1]", "4 layers", "[1]*4"]),
+    ({"moe_layer_freq": [0, 1], "num_layers": 1}, ["moe_layer_freq is [0, 1]", "1 layers", "[1]*1"]),
     ({"moe_layer_freq": [0, 1, 2, 1]}, ["moe_layer_freq is [0, 1, 2, 1]", "0 (dense) or 1 (experts)"]),
     ({"moe_layer_freq": [0, 0, 0, 0]}, ["no layer has experts", "--num-experts"]),
-    ({"moe_use_upcycling": True, "moe_upcycling_granularity": 3}, ["moe_upcycling_granularity is 3", "1, 2, 4, 8"]),
+    (PARTS | {"moe_upcycling_granularity": 3}, ["moe_upcycling_granularity is 3", "1, 2, 4, 8"]),
+    (PARTS, ["moe_router_topk is 2", "moe_upcycling_granularity (4)", "--moe-router-topk 4."]),
+    (PARTS | {"moe_router_topk": 7}, ["moe_router_topk is 7", "all 4 parts", "--moe-router-topk 4 or 8."]),
+    # An MLP is divided between groups of 3; or it is two groups, of which a token may get one.
+    (
+        PARTS | GROUPS | {"moe_upcycling_granularity": 2, "num_moe_experts": 12},
+        ["moe_router_num_groups is 4", "groups of 3 experts", "2 parts", "use one of 1, 2, 3, 6."],
+    ),
+    (
+        PARTS
+        | {"num_moe_experts": 24, "moe_upcycling_granularity": 6, "moe_router_topk": 6}
+        | {"moe_router_num_groups": 8, "moe_router_group_topk": 3},
+        ["moe_router_num_groups is 8", "groups of 3 experts", "6 parts", "use one of 1, 2, 4."],
+    ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["moe", "moe_act"]},
         ["moe and moe_act", "keep one"],
@@ -183,6 +213,12 @@ def test_a_broken_rule_is_told_once_with_its_remedy(changes: dict[str, Any], sai
         {"moe_router_type": "gmlp"},
         {"moe_expert_capacity_factor": 1.25, "moe_token_drop_policy": "position"},
         {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 4},
+        FLEX | {"expert_model_parallel_size": 8, "bf16": True},
+        FLEX,
+        PARTS | {"moe_router_topk": 8},
+        PARTS | GROUPS | {"moe_router_topk": 4},  # two groups make up one MLP, and two are chosen
+        PARTS | GROUPS | {"moe_upcycling_granularity": 2},
+        {"moe_upcycling_granularity": 3},
     ],
 )
 def test_what_breaks_no_rule(changes: dict[str, Any]) -> None:

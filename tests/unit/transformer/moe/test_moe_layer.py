@@ -1,13 +1,22 @@
 """MoELayer in one process: the dense formula, capacity, recomputation, names, and a host that never waits."""
 
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.transformer import moe
 from megatron_lite.transformer.mlp import MLP
 from megatron_lite.transformer.moe import flex_dispatcher
@@ -60,9 +69,19 @@ def dense(layer: MoELayer, x: Tensor) -> Tensor:
 
 
 @KINDS
+def test_dropped_tokens_meet_no_expert(kind: str) -> None:
+    """An expert that nobody chose, and that would overflow. Mutation: rows that drops leave over hold real tokens."""
+    layer = filled(MoELayer(config(moe_token_dispatcher_type=kind, moe_expert_capacity_factor=0.5), 1))
+    assert isinstance(layer, MoELayer)
+    layer.experts.weight1.data[3] = torch.inf
+    tokens, indices = torch.randn(16, 16, dtype=torch.float64), torch.tensor([[0, 1]]).expand(16, 2)
+    assert layer.experts(tokens, torch.rand(16, 2, dtype=torch.float64), indices).isfinite().all()
+
+
+@KINDS
 @pytest.mark.parametrize("settings", CAPACITIES, ids=str)
 def test_the_layer_is_the_sum_over_the_chosen_experts(kind: str, settings: dict[str, Any]) -> None:
-    """Output and all gradients. Fails with the rows that drops leave over not masked by probability 0."""
+    """Output and all gradients. Fails with the rows that drops leave over given to real tokens."""
     layer = filled(MoELayer(config(moe_token_dispatcher_type=kind, **settings), 1))
     assert isinstance(layer, MoELayer)
     x = torch.randn(6, 3, 16, dtype=torch.float64, requires_grad=True)
@@ -190,7 +209,65 @@ def test_mistakes_are_named() -> None:
         build_token_dispatcher(config(moe_token_dispatcher_type="pigeon"), 4)
 
 
-def test_flex_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_ranks() -> Iterator[ProcessGroupCollection]:
+    """Two expert parallel ranks that send nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    everybody, alone = dist.new_group([0, 1]), dist.new_group([0])
+    yield ProcessGroupCollection(ep=everybody, tp_ep=everybody, expt_tp=alone)
+    dist.destroy_process_group()
+
+
+def test_flex_says_what_to_install(monkeypatch: pytest.MonkeyPatch, two_ranks: ProcessGroupCollection) -> None:
+    """The remedy must not break another rule. Mutation: alltoall alone, beside --moe-enable-deepep."""
     monkeypatch.setattr(flex_dispatcher, "deep_ep_is_installed", lambda: False)
-    with pytest.raises(ConfigError, match=r"deep_ep .* not installed; build it .* alltoall"):
-        build_token_dispatcher(config(moe_token_dispatcher_type="flex"), 4)
+    with pytest.raises(ConfigError, match=r"deep_ep .* not installed; build it .* alltoall\.$"):
+        build_token_dispatcher(config(moe_token_dispatcher_type="flex"), 4, two_ranks)
+    with pytest.raises(ConfigError, match=r"alltoall and leave out --moe-enable-deepep\.$"):
+        build_token_dispatcher(config(moe_enable_deepep=True), 4, two_ranks)
+
+
+def test_flex_on_one_rank_needs_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent. Mutation: require the package at every size."""
+    monkeypatch.setattr(flex_dispatcher, "deep_ep_is_installed", lambda: False)
+    x = torch.randn(5, 2, 16, dtype=torch.float64)
+    outputs = []
+    for kind in ("flex", "alltoall"):
+        outputs.append(filled(MoELayer(config(moe_token_dispatcher_type=kind)))(x))
+    assert torch.equal(*outputs)
+
+
+class Buffer:
+    """As DeepEP's: holds its group."""
+
+    def __init__(self, group: ProcessGroup, num_nvl_bytes: int, num_rdma_bytes: int) -> None:
+        self.group, self.num_nvl_bytes, self.num_rdma_bytes = group, num_nvl_bytes, num_rdma_bytes
+
+    @staticmethod
+    def get_dispatch_config(ranks: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            get_nvl_buffer_size_hint=lambda hidden_bytes, ranks: hidden_bytes * ranks,
+            get_rdma_buffer_size_hint=lambda hidden_bytes, ranks: 0,
+        )
+
+    get_combine_config = get_dispatch_config
+
+    def get_dispatch_layout(self, *_: object) -> None:
+        raise InterruptedError("there is no network")
+
+
+def test_layers_share_a_buffer_which_goes_with_them(
+    monkeypatch: pytest.MonkeyPatch, two_ranks: ProcessGroupCollection
+) -> None:
+    """Mutations: a dict of buffers (or one with weak keys, the groups, which its values hold); a buffer for each."""
+    monkeypatch.setitem(sys.modules, "deep_ep", SimpleNamespace(Buffer=Buffer))
+    monkeypatch.setattr(flex_dispatcher, "deep_ep_is_installed", lambda: True)
+    dispatchers = [build_token_dispatcher(config(moe_token_dispatcher_type="flex"), 4, two_ranks) for _ in range(2)]
+    for dispatcher, width in zip(dispatchers, (16, 15), strict=True):
+        with pytest.raises(InterruptedError):
+            dispatcher.dispatch(torch.zeros(1, width), torch.zeros(1, 2), torch.tensor([[0, 1]]))
+    buffer = weakref.ref(dispatchers[0]._buffer)
+    assert dispatchers[1]._buffer is buffer() is not None
+    del dispatcher, dispatchers
+    gc.collect()
+    assert buffer() is None
