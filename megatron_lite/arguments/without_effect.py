@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from megatron_lite.arguments.run_config import RunConfig
-from megatron_lite.transformer.moe.moe_config import MoEConfig
+from megatron_lite.transformer.moe.moe_config import BALANCE_LOSSES, MoEConfig
 
 # What must hold, in words and as a question -> the fields that are read only then.
 CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...] = (
@@ -50,6 +50,20 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
         "--moe-router-enable-expert-bias",
         lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_router_enable_expert_bias,
         ("moe_router_bias_update_rate",),
+    ),
+    (
+        "--moe-router-load-balancing-type with a balance loss",
+        lambda run: run.transformer.num_moe_experts is None or run.transformer.balance_types != ["none"],
+        ("moe_aux_loss_coeff",),
+    ),
+    (
+        "--moe-aux-loss-coeff above 0",
+        lambda run: (
+            run.transformer.num_moe_experts is None
+            or bool(run.transformer.balance_coefficients)
+            or not set(run.transformer.balance_types) <= set(BALANCE_LOSSES)
+        ),
+        ("moe_router_load_balancing_type",),
     ),
     (
         "--moe-expert-capacity-factor",

@@ -171,3 +171,7 @@ def changed_settings(config: RunConfig, stored: Mapping[str, Any], finetune: boo
             if name in before and before[name] != current[group][name]:
                 what = "the weights were trained" if group in OF_THE_MODEL else "the samples so far were drawn"
                 yield f"{name} is {current[group][name]}, but {what} with {before[name]}."
+    kinds = [one.get("transformer", {}).get("moe_router_load_balancing_type") for one in (current, stored)]
+    if None not in kinds and ("sinkhorn" in kinds[0]) != ("sinkhorn" in kinds[1]):
+        # Sinkhorn weighs experts in its own way; the other types weigh them alike.
+        yield f"moe_router_load_balancing_type is {kinds[0]}, but the weights were trained with {kinds[1]}."

@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
+from megatron_lite.ops.grouped_linear import choose_backend
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.attention_choices import describe_communication
+from megatron_lite.transformer.transformer_config import TransformerConfig
 
 
 def training_device(backend: str | None = None) -> torch.device:
@@ -100,6 +102,14 @@ def _choose_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def _grouped_products(sizes: TransformerConfig, device: torch.device) -> str:
+    """What multiplies the experts' matrices."""
+    if not sizes.moe_grouped_gemm:
+        return "loop (--moe-grouped-gemm computes experts together)"
+    width = (sizes.moe_ffn_hidden_size or 0) // (sizes.expert_tensor_parallel_size or 1)
+    return choose_backend(sizes.params_dtype, device, sizes.hidden_size, width)
+
+
 def announce(config: RunConfig, device: torch.device) -> None:
     """Say once what this run is made of: layout, device, accelerators, and flags that change nothing here."""
     sizes = config.transformer
@@ -126,9 +136,10 @@ def announce(config: RunConfig, device: torch.device) -> None:
         f"of {config.data.seq_length} tokens"
     )
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
+    grouped = "" if sizes.num_moe_experts is None else f" · grouped products: {_grouped_products(sizes, device)}"
     print_rank_0(
         f"attention: torch sdpa ({sizes.attention_backend}) · optimizer: torch fused {config.optimizer.optimizer} · "
-        f"layers: {compiled}"
+        f"layers: {compiled}{grouped}"
     )
     for notice in config.notices:
         print_rank_0(f"note: {notice}")

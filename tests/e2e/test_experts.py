@@ -44,6 +44,7 @@ def test_experts_train_resume_and_reshard(tmp_path):
     files = {name: tmp_path / f"{name}.jsonl" for name in ("two", "resumed", "one", "four")}
     output = pretrain(2, *shared, *saving, "--metrics-jsonl", str(files["two"]))
     assert "8 experts in 1 layers: expert parallel 2 x expert tensor 1 (alltoall)" in output
+    assert "grouped products: loop" in output  # in float64
     assert "| load_balancing_loss: " in output
     assert "| experts: fullest / mean " in output
     again = [*shared, "--load", str(tmp_path / "two"), "--ckpt-step", "4", "--save-interval", "100"]

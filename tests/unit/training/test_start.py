@@ -86,6 +86,17 @@ def test_settings_that_changed_since_the_checkpoint(tmp_path: Path, capsys: pyte
     assert "WARNING" not in capsys.readouterr().out
 
 
+def test_sinkhorn_weighs_experts_in_its_own_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another balance loss is no other model. Mutation: compare the types as they are, or not at all."""
+    folder, experts = str(tmp_path / "run"), [*MOCK, "--num-experts", "4", "--moe-router-load-balancing-type"]
+    run(*experts, "aux_loss", "--save", folder, "--save-interval", "2")
+    run(*experts, "none", "--load", folder)
+    assert "WARNING" not in capsys.readouterr().out
+    run(*experts, "sinkhorn", "--load", folder)
+    expected = "WARNING: moe_router_load_balancing_type is sinkhorn, but the weights were trained with aux_loss."
+    assert expected in capsys.readouterr().out
+
+
 def test_pretrained_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pretrained_checkpoint is .* no checkpoint"):
         run(*MOCK, "--pretrained-checkpoint", str(tmp_path))

@@ -281,3 +281,22 @@ def test_flags_of_experts_that_are_not_there() -> None:
         assert flag in said or not flag.startswith("--")
     alone = parse_args([*LINE, *shlex.split("--num-experts 8 --moe-router-bias-update-rate 0.1")])
     assert "belongs to --moe-router-enable-expert-bias" in alone.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1", "with a balance loss"),
+        ("--moe-router-load-balancing-type global_aux_loss", "--moe-aux-loss-coeff above 0"),
+        ("--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.1", ""),
+        ("--moe-router-load-balancing-type sinkhorn", ""),
+        ("--moe-router-load-balancing-type none", ""),
+        ("", ""),
+    ],
+)
+def test_a_balance_that_does_nothing_is_said(words: str, says: str) -> None:
+    """Mutation: leave either condition out, or ask it of sinkhorn too."""
+    notices = parse_args([*LINE, "--num-experts", "8", *words.split()]).notices
+    found = [notice for notice in notices if "without effect" in notice and "--moe-" in notice]
+    assert len(found) == bool(says)
+    assert says in "".join(found)
