@@ -71,6 +71,8 @@ def routers_of(model: nn.Module) -> "list[TopKRouter]":
 def collect(model: nn.Module, group: ProcessGroup | None) -> dict[str, float]:
     """Statistics of all MoE layers since the last call, equal on all ranks and at every layout; the sums start anew.
 
+    (`global_load_balancing_loss`, as the loss itself, at layouts with equal data parallel x micro-batch size.)
+
     For each name below the mean over the layers under the name itself, and one value for each layer under
     `moe/<name without moe_>_layer_<i>`, i its layer number counted from 0:
     `load_balancing_loss`, `seq_load_balancing_loss`, `global_load_balancing_loss` and `z_loss` (those that have a
