@@ -16,9 +16,17 @@ from torch import Tensor
 from megatron_lite.context_parallel import blocks
 from megatron_lite.optimizer import clip_grads, optimizer
 from megatron_lite.process_groups import group_rank, group_size
-from megatron_lite.tensor_parallel import collectives, layers, parameters
+from megatron_lite.tensor_parallel import collectives, layers, mappings, parameters
 from megatron_lite.training import batches, step
-from megatron_lite.transformer.moe import auxiliary_losses, experts, load_balancing, routing, statistics
+from megatron_lite.transformer.moe import (
+    auxiliary_losses,
+    experts,
+    load_balancing,
+    routing,
+    shared_experts,
+    statistics,
+    token_dispatcher,
+)
 
 
 @contextmanager
@@ -342,6 +350,45 @@ def tokens_routed_on_every_rank():
     )
 
 
+def probabilities_by_a_raw_collective():
+    """T47: the routers' weights travel to the experts by a collective without a backward."""
+    original = token_dispatcher.all_to_all
+
+    def broken(group, rows, *counts):
+        received = original(group, rows, *counts)
+        return received.detach() + 0.0 * received if rows.dim() == 1 else received
+
+    return mock.patch.object(token_dispatcher, "all_to_all", broken)
+
+
+def shared_experts_reduced_twice():
+    """T46: the shared experts' output, complete already, is summed over the tensor parallel ranks once more."""
+    original = shared_experts.SharedExperts.forward
+
+    def broken(self, hidden_states):
+        return mappings.reduce_from_tensor_model_parallel_region(original(self, hidden_states))
+
+    return mock.patch.object(shared_experts.SharedExperts, "forward", broken)
+
+
+def sequences_counted_together():
+    """T43: the balance loss of each sequence uses the load of all of them."""
+    original = load_balancing.balance_share
+
+    def broken(score_sums, counts, *sizes):
+        return original(score_sums, counts.float().mean(0) if counts.dim() == 2 else counts, *sizes)
+
+    return mock.patch.object(load_balancing, "balance_share", broken)
+
+
+def z_loss_of_own_tokens():
+    """T43: the z-loss is a mean over this rank's tokens, and then summed over the ranks."""
+    original = load_balancing.z_loss_share
+    return mock.patch.object(
+        load_balancing, "z_loss_share", lambda logits, tokens: original(logits, logits.shape[:-1].numel())
+    )
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -378,5 +425,9 @@ MUTATIONS = {
         expert_bias_in_weights,
         fc2_bias_on_every_rank,
         tokens_routed_on_every_rank,
+        probabilities_by_a_raw_collective,
+        shared_experts_reduced_twice,
+        sequences_counted_together,
+        z_loss_of_own_tokens,
     )
 }

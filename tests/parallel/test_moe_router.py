@@ -6,6 +6,7 @@ other. Parts of the sequence prefer different experts, so that no rank's load re
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from megatron_lite import parallel_state
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel import checkpoint, model_parallel_cuda_manual_seed
-from megatron_lite.transformer.moe import auxiliary_losses, statistics
+from megatron_lite.transformer.moe import auxiliary_losses, routing, statistics
 from megatron_lite.transformer.moe.router import TopKRouter
 from megatron_lite.transformer.transformer_config import TransformerConfig
-from tests.parallel.pool import WorkerPool
+from tests.parallel.pool import WorkerError, WorkerPool
 
 S, B, H, E, K, MICRO_BATCHES = 8, 2, 6, 8, 2, 2  # micro-batches of one replica
 
@@ -182,12 +183,27 @@ def test_choices_equal_one_process(pool: WorkerPool, tp: int, cp: int, settings:
     pool.run(choices, tp, cp, settings, tied, world_size=tp * cp)
 
 
+def choices_of_the_last(rank: int, world_size: int) -> None:
+    def broken(scores: Tensor, topk: int, *groups: Any) -> Tensor:
+        return scores.size(-1) - 1 - original(scores.flip(-1), topk, *groups)
+
+    original = routing.best_experts
+    with mock.patch.object(routing, "best_experts", broken):
+        choices(rank, world_size, 2, 1, {}, tied=True)
+
+
+def test_the_last_of_equals_is_caught(pool: WorkerPool) -> None:
+    """T41, a mutation that is run: the highest index among equals."""
+    with pytest.raises(WorkerError, match=r"assert \(all_indices == torch.arange"):
+        pool.run(choices_of_the_last, world_size=2)
+
+
 def check_recomputation(rank: int, world_size: int, settings: dict[str, Any]) -> None:
     parallel_state.initialize_model_parallel(2, context_parallel_size=2)
     model_parallel_cuda_manual_seed(3)
     everyone = parallel_state.get_group("tp_dp_cp")
     plain = build(None, settings, 2)
-    again = build(None, settings | dict(recompute_granularity="selective"), 2)
+    again = build(None, settings | dict(recompute_granularity="selective", recompute_modules=["moe"]), 2)
     batches = [own_part(micro_batch(0, number), 2, 2) for number in range(MICRO_BATCHES)]
     expected = step_through(plain, batches, 1, everyone)
     values = step_through(again, batches, 1, everyone, recompute=True)

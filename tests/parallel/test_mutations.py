@@ -1,7 +1,8 @@
 """Each known defect, put back on purpose, is caught by the comparison of test_layout_matrix.py.
 
 A row names the mutation, a layout that shows it, and what has to deviate. Defects that leave the loss exact are the
-reason why gradients are compared.
+reason why gradients are compared. Of the traps of experts, T40, T41, T42 and T44 have their mutations, also run, beside
+their tests: test_experts.py, test_token_dispatcher.py, test_moe_router.py and the router's unit tests.
 """
 
 import pytest
@@ -69,7 +70,11 @@ CASES = [
     ("balance_losses_of_every_replica", EXPERTS, "gradients"),  # T43
     ("expert_bias_by_one_rank", EXPERT_BIAS, "choices"),  # T45
     ("expert_bias_in_weights", EXPERT_BIAS, "losses"),
-    ("fc2_bias_on_every_rank", Layout(moe="gated", tp=2, sp=True), "losses"),  # T5, T46
+    ("fc2_bias_on_every_rank", Layout(moe="gated", tp=2, sp=True), "losses"),  # T5
+    ("shared_experts_reduced_twice", Layout(moe="gated", tp=2), "losses"),  # T46
+    ("probabilities_by_a_raw_collective", Layout(moe="aux", ep=2, dp=2), "gradients"),  # T47
+    ("sequences_counted_together", Layout(moe="sequence", ep=2, dp=2), "gradients"),  # T43
+    ("z_loss_of_own_tokens", Layout(moe="aux", tp=2, sp=True), "gradients"),  # T43
     ("tokens_routed_on_every_rank", Layout(moe="gated", tp=2), "gradients"),  # T3
 ]
 

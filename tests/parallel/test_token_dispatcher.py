@@ -22,11 +22,12 @@ from megatron_lite.tensor_parallel.parameters import (
     local,
     named_parameter_specs,
 )
+from megatron_lite.transformer.moe import token_dispatcher
 from megatron_lite.transformer.moe.capacity import expert_capacity, pairs_within_capacity
 from megatron_lite.transformer.moe.moe_layer import MoELayer
 from megatron_lite.transformer.moe.token_dispatcher import TokenDispatcher, build_token_dispatcher
 from megatron_lite.transformer.transformer_config import TransformerConfig
-from tests.parallel.pool import WorkerPool
+from tests.parallel.pool import WorkerError, WorkerPool
 
 EXPERTS, TOKENS, HIDDEN, FFN = 8, 5, 6, 4
 BOUND = 1e-12
@@ -231,6 +232,37 @@ def test_capacity_counts_the_tokens_of_a_rank(pool: WorkerPool, ep: int, etp: in
     without the source rank.
     """
     assert_small(pool.run(with_capacity, ep, etp, world_size=ep * etp, timeout_s=TIMEOUT_S))
+
+
+def with_capacity_of_the_group(rank: int, world_size: int) -> dict[str, dict[str, float]]:
+    def broken(num_tokens: int, *arguments: Any) -> int:
+        return expert_capacity(num_tokens * world_size, *arguments)
+
+    with mock.patch.object(token_dispatcher, "expert_capacity", broken):
+        return with_capacity(rank, world_size, 2, 1)
+
+
+def test_a_capacity_of_all_ranks_tokens_is_caught(pool: WorkerPool) -> None:
+    """T44, a mutation that is run."""
+    with pytest.raises(AssertionError, match="rank 0, allgather"):
+        assert_small(pool.run(with_capacity_of_the_group, world_size=2, timeout_s=TIMEOUT_S))
+
+
+def rank_without_rows_stays_away(rank: int, world_size: int) -> None:
+    original = token_dispatcher.all_to_all
+
+    def broken(group: Any, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        return original(group, x, received, sent) if sum(received) else x[:0]
+
+    with mock.patch.object(token_dispatcher, "all_to_all", broken):
+        start(2, 1)
+        compute(rank, dispatcher_of("alltoall", 2), "all to the first")
+
+
+def test_a_rank_without_rows_that_stays_away_is_caught(pool: WorkerPool) -> None:
+    """T40, a mutation that is run: the others wait for it until the time is up, or its connection is gone."""
+    with pytest.raises((WorkerError, TimeoutError)):
+        pool.run(rank_without_rows_stays_away, world_size=2, timeout_s=3.0)
 
 
 def rows_of_dispatchers(rank: int, world_size: int, ep: int, etp: int) -> list[list[list[Tensor]]]:

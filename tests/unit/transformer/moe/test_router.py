@@ -163,6 +163,13 @@ def test_dtype(given: torch.dtype, router_dtype: str | None, expected: torch.dty
     assert weights[0].item() > 0.4 + 1e-3
 
 
+def test_a_router_in_bfloat16_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T42, a mutation that is run: compute in the dtype of the input."""
+    monkeypatch.setattr(TopKRouter, "_compute_dtype", lambda self, hidden: hidden.dtype)
+    with pytest.raises(AssertionError):
+        test_dtype(torch.bfloat16, None, torch.float32)
+
+
 def test_a_bfloat16_input_is_kept_as_it_is() -> None:
     """Not in float32, which would be twice the hidden states. Mutation: F.linear of the cast input."""
     router, kept = build(torch.bfloat16, moe_aux_loss_coeff=0.1), set()
