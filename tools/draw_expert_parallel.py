@@ -24,9 +24,10 @@ COLOURS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#B
 HATCHES = ("", "//", "\\\\", "..", "xx", "--", "||", "++")
 MOST_RANKS = len(COLOURS) * len(HATCHES)
 EXPERTS_OF_A_RANK = 2
-# Inches, y downwards.
-CELL_WIDTH, CELL_HEIGHT, ROW_LABEL, HEADING, GAP = 1.08, 0.78, 0.62, 1.05, 0.16
-MARGIN, BETWEEN, LEGEND_LINE, PAGE_WIDTH = 0.12, 0.5, 0.34, 10.0
+# Inches, y downwards. A cell with its share of the space around it is WIDTH x HEIGHT. A page is wide enough for titles
+# and legend, and no wider than can be read on a screen unless a grid is.
+WIDTH, HEIGHT, PAD, ROW_LABEL, HEADING, TITLE = 1.2, 0.84, 0.05, 0.6, 1.05, 2.4
+MARGIN, BETWEEN, LEGEND, NARROWEST, WIDEST = 0.12, 0.4, 0.85, 7.6, 10.0
 
 
 class Grid(NamedTuple):
@@ -40,11 +41,9 @@ class Grid(NamedTuple):
     texts: dict[int, str]
     block: int
 
-    def size(self) -> tuple[float, float]:
-        """Width and height with all labels."""
-        gaps = (len(self.rows) - 1) // self.block
-        width = ROW_LABEL + max(len(self.columns) * CELL_WIDTH, 3.0)
-        return width, HEADING + len(self.rows) * CELL_HEIGHT + gaps * GAP
+    def top(self, row: int) -> float:
+        """Where a row begins; the first after the last is the height of the grid."""
+        return HEADING + row * HEIGHT + (row // self.block) * 2 * PAD
 
 
 def places(layout: ParallelLayout) -> dict[str, dict[int, int]]:
@@ -77,9 +76,9 @@ def dense_grid(layout: ParallelLayout) -> Grid:
     ranks: list[list[int]] = layout.dense_mesh().reshape(-1, sizes.tp).tolist()
     return Grid(
         f"dense layers: dp {sizes.dp} x cp {sizes.cp} x tp {sizes.tp}",
-        "which tokens a rank brings",
+        "which tokens each rank brings",
         ranks,
-        [f"dp {dp[rank]}\ncp {cp[rank]}" for rank, *_ in ranks],
+        [f"dp {dp[row[0]]}\ncp {cp[row[0]]}" for row in ranks],
         [f"tp {tp[rank]}" for rank in ranks[0]],
         {rank: f"batch {dp[rank]}\n{chunks_of(layout, cp[rank], tp[rank])}" for row in ranks for rank in row},
         block=sizes.cp,
@@ -93,94 +92,81 @@ def expert_grid(layout: ParallelLayout) -> Grid:
     ranks: list[list[int]] = layout.expert_mesh().reshape(-1, sizes.ep * sizes.tp).tolist()
     return Grid(
         f"experts: edp {sizes.dp} x ep {sizes.ep} x etp {sizes.tp}",
-        "which experts it holds",
+        "the same ranks: which experts each holds",
         ranks,
-        [f"edp {edp[rank]}" for rank, *_ in ranks],
+        [f"edp {edp[row[0]]}" for row in ranks],
         [f"ep {ep[rank]}\netp {etp[rank]}" for rank in ranks[0]],
         {rank: experts_of(layout, ep[rank], etp[rank]) for row in ranks for rank in row},
         block=1,
     )
 
 
-def styles_of(groups: RankLists) -> dict[int, tuple[str, str]]:
-    """Colour and hatch of each rank: one for each group."""
-    count = len(COLOURS)
-    return {rank: (COLOURS[i % count], HATCHES[i // count]) for i, ranks in enumerate(groups) for rank in ranks}
-
-
-def draw_grid(axes: Axes, grid: Grid, x: float, y: float, styles: dict[int, tuple[str, str]]) -> dict[int, Rectangle]:
-    """Draw a grid whose upper left corner is (x, y); returns the cell of each rank."""
-    x += ROW_LABEL
-    axes.text(x, y + 0.14, grid.title, fontsize=12, weight="bold", va="center")
-    axes.text(x, y + 0.40, grid.meaning, va="center")
-    cells = {}
+def draw_grid(axes: Axes, grid: Grid, x: float, y: float, groups: RankLists) -> dict[int, tuple[float, float]]:
+    """Draw a grid whose upper left corner is (x, y), a colour (and hatch) a group; returns the corner of each cell."""
+    style = {rank: divmod(number, len(COLOURS)) for number, ranks in enumerate(groups) for rank in ranks}
+    x, corners = x + ROW_LABEL, {}
+    axes.text(x + PAD, y + 0.14, grid.title, fontsize=11, weight="bold", va="center")
+    axes.text(x + PAD, y + 0.38, grid.meaning, va="center")
     for j, label in enumerate(grid.columns):
-        axes.text(x + (j + 0.5) * CELL_WIDTH, y + HEADING - 0.1, label, ha="center", va="bottom")
-    for i, (label, ranks) in enumerate(zip(grid.rows, grid.ranks, strict=True)):
-        top = y + HEADING + i * CELL_HEIGHT + i // grid.block * GAP
-        axes.text(x - 0.12, top + CELL_HEIGHT / 2, label, ha="right", va="center")
-        for j, rank in enumerate(ranks):
-            colour, hatch = styles[rank]
-            corner = (x + j * CELL_WIDTH, top)
-            cells[rank] = Rectangle(corner, CELL_WIDTH, CELL_HEIGHT, fc=colour, hatch=hatch, ec="white", lw=2)
-            axes.add_patch(cells[rank])
-            middle = corner[0] + CELL_WIDTH / 2
-            axes.text(middle, top + 0.17, f"rank {rank}", ha="center", va="center", weight="bold")
-            axes.text(middle, top + 0.49, grid.texts[rank], ha="center", va="center", fontsize=9)
-    return cells
+        axes.text(x + (j + 0.5) * WIDTH, y + HEADING - 0.06, label, ha="center", va="bottom")
+    for i, row in enumerate(grid.ranks):
+        axes.text(x - 0.08, y + grid.top(i) + HEIGHT / 2, grid.rows[i], ha="right", va="center")
+        for j, rank in enumerate(row):
+            left, top = corners[rank] = x + j * WIDTH, y + grid.top(i)
+            lap, colour = style[rank]
+            box = (left + PAD, top + PAD), WIDTH - 2 * PAD, HEIGHT - 2 * PAD
+            axes.add_patch(Rectangle(*box, fc=COLOURS[colour], hatch=HATCHES[lap], ec="white", lw=0))
+            middle = left + WIDTH / 2
+            axes.text(middle, top + 0.2, f"rank {rank}", ha="center", va="center", weight="bold")
+            axes.text(middle, top + 0.52, grid.texts[rank], ha="center", va="center", fontsize=9)
+    return corners
 
 
-def draw_frames(axes: Axes, cells: dict[int, Rectangle], groups: RankLists) -> None:
-    """A frame round the cells of each group."""
-    for ranks in groups:
-        corners = [cells[rank].get_xy() for rank in ranks]
-        left, top = min(x for x, _ in corners), min(y for _, y in corners)
-        width = max(x for x, _ in corners) + CELL_WIDTH - left
-        height = max(y for _, y in corners) + CELL_HEIGHT - top
-        box = (left + 0.05, top + 0.05), width - 0.1, height - 0.1
-        axes.add_patch(FancyBboxPatch(*box, boxstyle="round,pad=0,rounding_size=0.08", fc="none", ec="#333333", lw=1.5))
+def draw_frame(axes: Axes, corners: list[tuple[float, float]]) -> None:
+    """A frame round the cells with these corners."""
+    (left, right), (top, bottom) = ((min(ends), max(ends)) for ends in zip(*corners, strict=True))
+    box = (left + PAD / 3, top + PAD / 3), right - left + WIDTH - 2 * PAD / 3, bottom - top + HEIGHT - 2 * PAD / 3
+    axes.add_patch(FancyBboxPatch(*box, boxstyle="round,pad=0,rounding_size=0.08", fc="none", ec="#333333", lw=1.5))
 
 
 def draw_legend(axes: Axes, x: float, y: float, framed: bool) -> None:
     """What colours and frames mean."""
-    exchange = "same colour: they exchange tokens (one tp_ep group holds one set of all experts)"
-    copies = "one frame: copies of the same experts, whose gradients are added (one expt_dp group)"
-    axes.add_patch(Rectangle((x, y), 0.3, 0.2, fc=COLOURS[0], ec="white"))
-    axes.text(x + 0.42, y + 0.1, exchange, va="center")
+    exchange = "one colour: ranks that exchange tokens; together they hold all experts (a tp_ep group)"
+    copies = "one frame: copies of the same experts, which add their gradients (an expt_dp group)"
+    axes.add_patch(Rectangle((x, y), 0.34, 0.22, fc=COLOURS[0]))
+    axes.text(x + 0.48, y + 0.11, exchange, va="center")
     if framed:
-        axes.add_patch(Rectangle((x, y + LEGEND_LINE), 0.3, 0.2, fc="none", ec="#333333", lw=1.5))
-    axes.text(x + 0.42, y + LEGEND_LINE + 0.1, copies if framed else "each expert is there once (edp 1)", va="center")
+        axes.add_patch(Rectangle((x, y + 0.36), 0.34, 0.22, fc="none", ec="#333333", lw=1.5))
+    axes.text(x + 0.48, y + 0.47, copies if framed else "no frames: every expert is there once", va="center")
 
 
 def draw(layout: ParallelLayout) -> Figure:
-    """Both grids, side by side where a page is wide enough, else one above the other."""
-    dense, expert = dense_grid(layout), expert_grid(layout)
-    (width, height), (expert_width, expert_height) = dense.size(), expert.size()
-    if width + BETWEEN + expert_width + 2 * MARGIN <= PAGE_WIDTH:
-        place = (MARGIN + width + BETWEEN, MARGIN)
-        width, height = width + BETWEEN + expert_width, max(height, expert_height)
-    else:
-        place = (MARGIN, MARGIN + height + BETWEEN)
-        width, height = max(width, expert_width, 7.0), height + BETWEEN + expert_height
-    total = width + 2 * MARGIN, height + 2 * MARGIN + BETWEEN / 2 + 2 * LEGEND_LINE
+    """Both grids, side by side if a page is wide enough, else one above the other."""
+    grids, groups = (dense_grid(layout), expert_grid(layout)), layout.groups()
+    widths = [ROW_LABEL + max(len(grid.columns) * WIDTH, TITLE) for grid in grids]
+    heights = [grid.top(len(grid.rows)) for grid in grids]
+    width, height = max(sum(widths) + BETWEEN, NARROWEST), max(heights)
+    second = MARGIN + widths[0] + BETWEEN, MARGIN
+    if width + 2 * MARGIN > WIDEST:
+        width, height = max(*widths, NARROWEST), sum(heights) + BETWEEN
+        second = MARGIN, MARGIN + heights[0] + BETWEEN
+    total = width + 2 * MARGIN, height + LEGEND + 2 * MARGIN
     figure = Figure(figsize=total, dpi=120)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, total[0]), ylim=(total[1], 0))
     axes.set_axis_off()
-    styles = styles_of(layout.groups()["tp_ep"])
-    draw_grid(axes, dense, MARGIN, MARGIN, styles)
-    cells = draw_grid(axes, expert, *place, styles)
-    copies = [ranks for ranks in layout.groups()["expt_dp"] if len(ranks) > 1]
-    draw_frames(axes, cells, copies)
-    draw_legend(axes, MARGIN + ROW_LABEL, total[1] - MARGIN - 2 * LEGEND_LINE, framed=bool(copies))
+    draw_grid(axes, grids[0], MARGIN, MARGIN, groups["tp_ep"])
+    corners = draw_grid(axes, grids[1], *second, groups["tp_ep"])
+    copies = [ranks for ranks in groups["expt_dp"] if len(ranks) > 1]
+    for ranks in copies:
+        draw_frame(axes, [corners[rank] for rank in ranks])
+    draw_legend(axes, MARGIN + ROW_LABEL + PAD, MARGIN + height + 0.2, framed=bool(copies))
     return figure
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--world-size", type=int, default=8, help="ranks (default: 8)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world-size", type=int, default=8, help="number of ranks (default: 8)")
     parser.add_argument("--tp", type=int, default=2, help="tensor parallel size (default: 2)")
     parser.add_argument("--cp", type=int, default=2, help="context parallel size (default: 2)")
     parser.add_argument("--ep", type=int, default=4, help="expert parallel size (default: 4)")
@@ -197,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"world_size is {given.world_size}, but a picture has room for 1 to {MOST_RANKS} ranks.")
         layout = ParallelLayout.from_sizes(given.world_size, tp=given.tp, cp=given.cp, ep=given.ep, etp=given.etp)
         figure = draw(layout)
+        if given.output.suffix[1:].lower() not in (known := figure.canvas.get_supported_filetypes()):
+            raise ConfigError(f"--output {given.output} is no kind of picture; end it in one of {', '.join(known)}.")
         given.output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(given.output)
     except (ConfigError, OSError) as error:
