@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_lite.context_parallel import blocks
 from megatron_lite.optimizer import clip_grads, optimizer
+from megatron_lite.parallel_state import get_group
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel import collectives, layers, mappings, parameters
 from megatron_lite.training import batches, step
@@ -27,6 +28,7 @@ from megatron_lite.transformer.moe import (
     statistics,
     token_dispatcher,
 )
+from megatron_lite.transformer.moe.router import TopKRouter
 
 
 @contextmanager
@@ -308,9 +310,63 @@ def balance_losses_of_every_replica():
     return mock.patch.object(step.auxiliary_losses, "begin_step", broken)
 
 
+def _scores_averaged(tokens_of: Callable[[float, float], float]):
+    """`tokens_of(tokens, counted tokens)` are those that a balance loss averages the scores over."""
+    original = load_balancing.balance_share
+    return mock.patch.object(
+        load_balancing,
+        "balance_share",
+        lambda sums, counts, topk, tokens, counted: original(sums, counts, topk, tokens_of(tokens, counted), counted),
+    )
+
+
+def scores_averaged_by_one_rank():
+    """T43: the balance losses average the scores over this rank's tokens: the gradient is TP * CP times too large."""
+    return _scores_averaged(lambda tokens, counted: tokens / group_size(get_group("tp_cp")))
+
+
+def scores_averaged_over_replicas():
+    """T43: the global loss averages a replica's scores over the tokens of all: the gradient is DP times too small."""
+    return _scores_averaged(lambda tokens, counted: counted)
+
+
+def global_counts_of_earlier_steps():
+    """T43: the counts of the global loss are not set back when a step begins."""
+    return mock.patch.object(auxiliary_losses, "current_step", return_value=0)
+
+
 def expert_bias_by_one_rank():
     """T45: each rank moves the expert bias by the load it saw."""
     return mock.patch.object(statistics, "sum_over", lambda counts, group: counts)
+
+
+def expert_bias_by_micro_batch():
+    """T45: the expert bias moves before each micro-batch, not once a step."""
+    original = step.micro_batch_losses
+
+    def broken(model, batch):
+        statistics.update_expert_bias(model, get_group("tp_dp_cp"))
+        return original(model, batch)
+
+    return mock.patch.object(step, "micro_batch_losses", broken)
+
+
+def expert_bias_by_evaluation():
+    """T45: the tokens of an evaluation count as if they had been trained on."""
+    original = TopKRouter.forward
+
+    def broken(self, hidden):
+        weights, indices = original(self, hidden)
+        if not self.training and self.step_tokens_per_expert is not None:
+            self.step_tokens_per_expert += torch.bincount(indices.flatten(), minlength=self.num_experts)
+        return weights, indices
+
+    return mock.patch.object(TopKRouter, "forward", broken)
+
+
+def router_in_bfloat16():
+    """T42: logits, scores and choices in bfloat16, whatever the input's dtype."""
+    return mock.patch.object(TopKRouter, "_compute_dtype", return_value=torch.bfloat16)
 
 
 def expert_bias_in_weights():
@@ -333,6 +389,53 @@ def fc2_bias_on_every_rank():
         self.adds_bias2 = True
 
     return mock.patch.object(experts.GroupedMLP, "__init__", broken)
+
+
+def shared_experts_divided():
+    """T46: the output is taken for one that every tensor parallel rank adds to the sum of the routed experts."""
+    original = shared_experts.SharedExperts.forward
+    return mock.patch.object(
+        shared_experts.SharedExperts,
+        "forward",
+        lambda self, hidden_states: original(self, hidden_states) / group_size(get_group("tp")),
+    )
+
+
+def shared_experts_not_reduced():
+    """T46: the output is left to a reduction that the layer does not do."""
+    original = shared_experts.SharedExperts.__init__
+
+    def broken(self, *arguments, **options):
+        original(self, *arguments, **options)
+        self.linear_fc2.communicates = False
+
+    return mock.patch.object(shared_experts.SharedExperts, "__init__", broken)
+
+
+def tokens_dispatched_without_gradient():
+    """T47: tokens are sent by a raw collective, whose result knows no gradient: upstream layers learn nothing from it.
+
+    Detached by hand, as newer releases of torch give the functional collectives a gradient of their own.
+    """
+    original = token_dispatcher.TokenDispatcher.dispatch
+    return mock.patch.object(
+        token_dispatcher.TokenDispatcher,
+        "dispatch",
+        lambda self, tokens, probs, indices: original(self, tokens.detach(), probs, indices),
+    )
+
+
+@contextmanager
+def combined_without_gradient():
+    """T47: so are the experts' results, which leaves the experts without any gradient."""
+    gathering, exchanging = token_dispatcher.AllGatherTokenDispatcher, token_dispatcher.AlltoAllTokenDispatcher
+    with _detached_in_combine(gathering), _detached_in_combine(exchanging):
+        yield
+
+
+def _detached_in_combine(dispatcher: type[token_dispatcher.TokenDispatcher]):
+    original = dispatcher.combine
+    return mock.patch.object(dispatcher, "combine", lambda self, rows, state: original(self, rows.detach(), state))
 
 
 def tokens_routed_on_every_rank():
@@ -421,9 +524,19 @@ MUTATIONS = {
         experts_scaled_by_their_ranks,
         load_counted_by_one_rank,
         balance_losses_of_every_replica,
+        scores_averaged_by_one_rank,
+        scores_averaged_over_replicas,
+        global_counts_of_earlier_steps,
         expert_bias_by_one_rank,
+        expert_bias_by_micro_batch,
+        expert_bias_by_evaluation,
+        router_in_bfloat16,
         expert_bias_in_weights,
         fc2_bias_on_every_rank,
+        shared_experts_divided,
+        shared_experts_not_reduced,
+        tokens_dispatched_without_gradient,
+        combined_without_gradient,
         tokens_routed_on_every_rank,
         probabilities_by_a_raw_collective,
         shared_experts_reduced_twice,

@@ -486,28 +486,29 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("broken", "check", "arguments"),
-    [
-        ("seeded_by_local_index", check_as_built, ("ep2",)),
-        ("chunked_before_experts", check_as_built, ("ep2-optim",)),
-        ("copies_counted", check_as_built, ("tp2-etp2",)),
-        ("copies_counted", check_as_built, ("dp2",)),
-        ("experts_counted_as_dense", check_as_built, ("tp2-ep2",)),
-        ("experts_counted_as_dense", check_as_built, ("ep2",)),
-        ("gradients_averaged", check_equals_one_process, ("tp2-edp2",)),
-        ("gradients_averaged", check_equals_one_process, ("ep2-params",)),
-        ("experts_not_reduced", check_equals_one_process, ("tp2-edp2",)),
-        ("experts_not_reduced", check_equals_one_process, ("ep2-optim",)),
-        ("experts_reduced_as_dense", check_equals_one_process, ("ep2",)),
-        ("experts_reduced_as_dense", check_equals_one_process, ("etp2",)),
-        ("bias_added_by_all", check_equals_one_process, ("tp2-etp2",)),
-        ("bias_not_summed", check_equals_one_process, ("tp2-etp2",)),
-        ("bias_not_summed", check_equals_one_process, ("ep2-etp2",)),
-        ("copies_counted", check_equals_one_process, ("etp2",)),
-        ("empty_experts_skipped", check_without_tokens, ("tp2-ep2", 0)),
-    ],
-)
+CASES = [
+    ("seeded_by_local_index", check_as_built, ("ep2",), "T11"),
+    ("chunked_before_experts", check_as_built, ("ep2-optim",), "T11"),
+    ("copies_counted", check_as_built, ("tp2-etp2",), "T26"),
+    ("copies_counted", check_as_built, ("dp2",), "T26"),
+    ("experts_counted_as_dense", check_as_built, ("tp2-ep2",), "T26"),
+    ("experts_counted_as_dense", check_as_built, ("ep2",), "T26"),
+    ("gradients_averaged", check_equals_one_process, ("tp2-edp2",), "T39"),
+    ("gradients_averaged", check_equals_one_process, ("ep2-params",), "T39"),
+    ("experts_not_reduced", check_equals_one_process, ("tp2-edp2",), "T39"),
+    ("experts_not_reduced", check_equals_one_process, ("ep2-optim",), "T39"),
+    ("experts_reduced_as_dense", check_equals_one_process, ("ep2",), "T39"),
+    ("experts_reduced_as_dense", check_equals_one_process, ("etp2",), "T39"),
+    ("bias_added_by_all", check_equals_one_process, ("tp2-etp2",), "T5"),
+    ("bias_not_summed", check_equals_one_process, ("tp2-etp2",), "T39"),
+    ("bias_not_summed", check_equals_one_process, ("ep2-etp2",), "T39"),
+    ("copies_counted", check_equals_one_process, ("etp2",), "T26"),
+    ("empty_experts_skipped", check_without_tokens, ("tp2-ep2", 0), "T40"),
+]
+"""Mutation, the check that fails with it and its arguments, and the traps it stands for."""
+
+
+@pytest.mark.parametrize(("broken", "check", "arguments"), [row[:3] for row in CASES])
 def test_broken_code_is_caught(pool, broken, check, arguments):
     with pytest.raises(AssertionError) as caught:
         check(pool, *arguments, broken=broken)

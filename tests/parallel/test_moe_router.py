@@ -2,9 +2,11 @@
 
 Each worker routes its own part of the tokens: of its data parallel replica's micro-batches, its slice of the sequence
 over context and tensor parallel ranks (sequence parallelism). One process routes the same micro-batches one after the
-other. Parts of the sequence prefer different experts, so that no rank's load resembles the whole's.
+other. Parts of the sequence prefer different experts, so that no rank's load resembles the whole's. Mutations in
+backticks are run: see BROKEN, at the end.
 """
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -38,6 +40,16 @@ LOSSES: dict[str, dict[str, Any]] = {
     ),
 }
 GLOBAL = dict(moe_router_load_balancing_type=["global_aux_loss", "aux_loss"], moe_aux_loss_coeff=[0.3, 0.1])
+
+
+def run(pool: WorkerPool, world_size: int, function: Any, *arguments: Any, broken: str | None = None) -> list[Any]:
+    """`function(rank, world_size, *arguments)` on all ranks, with the code broken as named; results by rank."""
+    return pool.run(_with_code, broken, function, arguments, world_size=world_size)
+
+
+def _with_code(rank: int, world_size: int, broken: str | None, function: Any, arguments: tuple[Any, ...]) -> Any:
+    with nullcontext() if broken is None else BROKEN[broken]():
+        return function(rank, world_size, *arguments)
 
 
 def build(groups: ProcessGroupCollection | None, settings: dict[str, Any], tp: int = 1) -> TopKRouter:
@@ -81,6 +93,12 @@ def step_through(
     router: TopKRouter, batches: list[Tensor], replicas: int, group: Any = None, *, recompute: bool = False
 ) -> dict[str, float]:
     """Forward and backward of one step, then the statistics and the bias update."""
+    forward_backward(router, batches, replicas, recompute=recompute)
+    statistics.update_expert_bias(router, group)
+    return statistics.collect(router, group)
+
+
+def forward_backward(router: TopKRouter, batches: list[Tensor], replicas: int, *, recompute: bool = False) -> None:
     auxiliary_losses.begin_step(torch.tensor(1.0 / (len(batches) * replicas), dtype=torch.float64))
     for x in batches:
         if recompute:
@@ -88,8 +106,6 @@ def step_through(
         else:
             objective = router(x)[0].square().sum()
         objective.backward()
-    statistics.update_expert_bias(router, group)
-    return statistics.collect(router, group)
 
 
 def assert_close(ours: Tensor, reference: Tensor) -> None:
@@ -179,23 +195,34 @@ def choices(rank: int, world_size: int, tp: int, cp: int, settings: dict[str, An
     ids=["top-k", "ties", "sinkhorn"],
 )
 def test_choices_equal_one_process(pool: WorkerPool, tp: int, cp: int, settings: dict[str, Any], tied: bool) -> None:
-    """T41. Mutations: the highest index among equals; Sinkhorn over this rank's tokens alone."""
-    pool.run(choices, tp, cp, settings, tied, world_size=tp * cp)
+    """T41. Mutations: the highest index among equals (`ties_to_the_last`), torch.topk's (`ties_left_to_topk`), or a
+
+    rank's own experts (`ties_to_own_experts`); Sinkhorn over this rank's tokens alone.
+    """
+    run(pool, tp * cp, choices, tp, cp, settings, tied)
 
 
-def choices_of_the_last(rank: int, world_size: int) -> None:
-    def broken(scores: Tensor, topk: int, *groups: Any) -> Tensor:
-        return scores.size(-1) - 1 - original(scores.flip(-1), topk, *groups)
+def check_precision(rank: int, world_size: int) -> None:
+    parallel_state.initialize_model_parallel(2)
+    router = build(None, dict(params_dtype=torch.bfloat16), 2)
+    assert router.weight is not None
+    assert router.bias is not None
+    for number in range(8):
+        x = micro_batch(0, number).bfloat16()
+        logits = x.double() @ router.weight.bfloat16().double().t() + router.bias.bfloat16().double()
+        expected = logits.sort(dim=-1, descending=True, stable=True).indices[..., :K]
+        weights, indices = router(own_part(x, 2, 1))
+        assert torch.equal(indices, own_part(expected, 2, 1))
+        wide = own_part(logits.gather(-1, expected).softmax(-1), 2, 1)
+        torch.testing.assert_close(weights.double(), wide, rtol=1e-6, atol=1e-6)
 
-    original = routing.best_experts
-    with mock.patch.object(routing, "best_experts", broken):
-        choices(rank, world_size, 2, 1, {}, tied=True)
 
+def test_a_router_of_bfloat16_tokens_computes_wide(pool: WorkerPool) -> None:
+    """T42: logits, scores and choices are those of float64, up to float32's rounding.
 
-def test_the_last_of_equals_is_caught(pool: WorkerPool) -> None:
-    """T41, a mutation that is run: the highest index among equals."""
-    with pytest.raises(WorkerError, match=r"assert \(all_indices == torch.arange"):
-        pool.run(choices_of_the_last, world_size=2)
+    Mutations: `logits_in_the_dtype_of_tokens`, `softmax_in_bfloat16`, `choices_in_bfloat16`.
+    """
+    run(pool, 2, check_precision)
 
 
 def check_recomputation(rank: int, world_size: int, settings: dict[str, Any]) -> None:
@@ -205,9 +232,14 @@ def check_recomputation(rank: int, world_size: int, settings: dict[str, Any]) ->
     plain = build(None, settings, 2)
     again = build(None, settings | dict(recompute_granularity="selective", recompute_modules=["moe"]), 2)
     batches = [own_part(micro_batch(0, number), 2, 2) for number in range(MICRO_BATCHES)]
-    expected = step_through(plain, batches, 1, everyone)
-    values = step_through(again, batches, 1, everyone, recompute=True)
-    assert values == expected
+    forward_backward(plain, batches, 1)
+    forward_backward(again, batches, 1, recompute=True)
+    # Before they are used: were everything counted twice, neither a mean nor the bias's direction would show it.
+    for (name, one_buffer), (_, other_buffer) in zip(plain.named_buffers(), again.named_buffers(), strict=True):
+        assert torch.equal(one_buffer, other_buffer), name
+    for router in (plain, again):
+        statistics.update_expert_bias(router, everyone)
+    assert statistics.collect(again, everyone) == statistics.collect(plain, everyone)
     for one, other in zip(plain.parameters(), again.parameters(), strict=True):
         assert one.grad is not None
         assert other.grad is not None
@@ -218,8 +250,8 @@ def check_recomputation(rank: int, world_size: int, settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize("settings", [LOSSES["all but global"], GLOBAL], ids=["bias", "global"])
 def test_recomputation_counts_nothing_twice(pool: WorkerPool, settings: dict[str, Any]) -> None:
-    """T37, T45. Mutations: record in the recomputation too; add to the global counts again."""
-    pool.run(check_recomputation, settings, world_size=4)
+    """T37, T45. Mutations: `recomputation_recorded`; add to the global counts again (`recomputation_counted`)."""
+    run(pool, 4, check_recomputation, settings)
 
 
 def check_random_streams(rank: int, world_size: int) -> Tensor:
@@ -254,3 +286,88 @@ def check_compute_aux_loss(rank: int, world_size: int) -> None:
 def test_compute_aux_loss_is_of_all_ranks(pool: WorkerPool) -> None:
     """T47. Mutations: the value of this rank alone; a gradient of all ranks on each."""
     pool.run(check_compute_aux_loss, world_size=2)
+
+
+# Mutations
+
+
+def _choosing(choose: Any) -> Any:
+    """`choose(scores [t, E], k)` instead of best_experts, without groups."""
+    return mock.patch.object(routing, "best_experts", lambda scores, topk, *groups: choose(scores, topk))
+
+
+def ties_to_the_last():
+    original = routing.best_experts
+    return _choosing(lambda scores, topk: E - 1 - original(scores.flip(-1), topk))
+
+
+def ties_left_to_topk():
+    return _choosing(lambda scores, topk: torch.topk(scores, topk).indices)
+
+
+def ties_to_own_experts():
+    """Each rank prefers, of equal experts, those that it holds."""
+    original = routing.best_experts
+
+    def broken(scores: Tensor, topk: int) -> Tensor:
+        first = E // torch.distributed.get_world_size() * torch.distributed.get_rank()
+        return (original(scores.roll(-first, -1), topk) + first) % E
+
+    return _choosing(broken)
+
+
+def logits_in_the_dtype_of_tokens():
+    return mock.patch.object(TopKRouter, "_compute_dtype", lambda self, hidden: hidden.dtype)
+
+
+def softmax_in_bfloat16():
+    original = routing.route
+    return mock.patch.object(routing, "route", lambda logits, *rest, **more: original(logits.bfloat16(), *rest, **more))
+
+
+def choices_in_bfloat16():
+    original = routing.best_experts
+    return _choosing(lambda scores, topk: original(scores.bfloat16(), topk))
+
+
+def recomputation_recorded():
+    return mock.patch.object(statistics, "records", lambda router: router.training and torch.is_grad_enabled())
+
+
+def recomputation_counted():
+    return mock.patch.object(statistics, "is_recomputation", return_value=False)
+
+
+BROKEN = {
+    function.__name__: function
+    for function in (
+        ties_to_the_last,
+        ties_left_to_topk,
+        ties_to_own_experts,
+        logits_in_the_dtype_of_tokens,
+        softmax_in_bfloat16,
+        choices_in_bfloat16,
+        recomputation_recorded,
+        recomputation_counted,
+    )
+}
+
+CASES = [
+    ("ties_to_the_last", choices, (2, 1, {}, True), "T41"),
+    ("ties_left_to_topk", choices, (2, 1, {}, True), "T41"),
+    ("ties_to_own_experts", choices, (2, 1, {}, True), "T41"),
+    ("logits_in_the_dtype_of_tokens", check_precision, (), "T42"),
+    ("softmax_in_bfloat16", check_precision, (), "T42"),
+    ("choices_in_bfloat16", check_precision, (), "T42"),
+    ("recomputation_recorded", check_recomputation, (LOSSES["all but global"],), "T37, T45"),
+    ("recomputation_recorded", check_recomputation, (GLOBAL,), "T37, T45"),
+    ("recomputation_counted", check_recomputation, (GLOBAL,), "T37, T43"),
+]
+"""Mutation, the check that fails with it and its arguments, and the traps it stands for."""
+
+
+@pytest.mark.parametrize(("broken", "check", "arguments"), [row[:3] for row in CASES])
+def test_broken_code_is_caught(pool: WorkerPool, broken: str, check: Any, arguments: tuple[Any, ...]) -> None:
+    """An assertion fails on the ranks: the mutation does not crash."""
+    with pytest.raises(WorkerError, match="AssertionError"):
+        run(pool, 4 if check is check_recomputation else 2, check, *arguments, broken=broken)

@@ -1,10 +1,11 @@
 """Token dispatchers and MoELayer on real processes, in float64, against the dense formula and one process.
 
 T40, T41, T44, T46, T47. Each worker computes the reference too. The docstring of each test names mutations of the code
-that were tried and make it fail.
+that were tried and make it fail; those in BROKEN, at the end, are run.
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -32,18 +33,30 @@ from tests.parallel.pool import WorkerError, WorkerPool
 EXPERTS, TOKENS, HIDDEN, FFN = 8, 5, 6, 4
 BOUND = 1e-12
 TIMEOUT_S = 30.0
+DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 SIZES = pytest.mark.parametrize(("ep", "etp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
 KINDS = ("allgather", "alltoall")
 
 
-def do_nothing(rank: int, world_size: int) -> None:
-    torch.distributed.barrier()  # a rank that leaves at once can break the others' connecting
+def meet(rank: int, world_size: int) -> None:
+    """Nobody leaves before all have come: those on their way would lose a connection."""
+    torch.distributed.barrier()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def imported(pool: WorkerPool) -> None:
     """Workers that have imported everything: the timeouts of the tests are those of a hang."""
-    pool.run(do_nothing, world_size=4)
+    pool.run(meet, world_size=4)
+
+
+def run(pool: WorkerPool, world_size: int, function: Any, *arguments: Any, broken: str | None = None) -> list[Any]:
+    """`function(rank, world_size, *arguments)` on all ranks, with the code broken as named; results by rank."""
+    return pool.run(_with_code, broken, function, arguments, world_size=world_size, timeout_s=TIMEOUT_S)
+
+
+def _with_code(rank: int, world_size: int, broken: str | None, function: Any, arguments: tuple[Any, ...]) -> Any:
+    with nullcontext() if broken is None else BROKEN[broken]():
+        return function(rank, world_size, *arguments)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -173,20 +186,53 @@ def assert_small(per_rank: list[dict[str, dict[str, float]]], bound: float = BOU
             assert max(worst_of.values()) < limit, f"rank {rank}, {case}: {worst_of}"
 
 
+def check_dense_formula(
+    pool: WorkerPool, ep: int, etp: int, order: str = DEFAULT_ORDER, broken: str | None = None
+) -> None:
+    assert_small(run(pool, ep * etp, all_routings, ep, etp, order, broken=broken))
+
+
 @SIZES
 def test_dispatch_experts_combine_equals_the_dense_formula(pool: WorkerPool, ep: int, etp: int) -> None:
     """T40, T41, T47: output and gradients of tokens, probabilities and experts, and the dispatchers agree.
 
     Fails with: gathered tokens whose gradients are split instead of summed; probabilities gathered outside of the
-    graph; received rows left in the order of their source; one expert tensor rank getting all copies; a rank without
-    rows that skips the all-to-all.
+    graph; received rows left in the order of their source (`rows_left_by_source`); one expert tensor rank getting all
+    copies; a rank without rows that skips the all-to-all.
     """
-    assert_small(pool.run(all_routings, ep, etp, "tp-cp-ep-dp-pp", world_size=ep * etp, timeout_s=TIMEOUT_S))
+    check_dense_formula(pool, ep, etp)
 
 
 def test_the_order_of_the_axes_is_free(pool: WorkerPool) -> None:
     """Expert ranks may be neighbours, not expert tensor ranks. Fails with strides exchanged, or taken as known."""
-    assert_small(pool.run(all_routings, 2, 2, "ep-tp-cp-dp-pp", world_size=4, timeout_s=TIMEOUT_S))
+    check_dense_formula(pool, 2, 2, "ep-tp-cp-dp-pp")
+
+
+def waits_in_vain(rank: int, world_size: int) -> str:
+    """What the forward pass says on a rank that waits for another one which does not come; nothing if all come.
+
+    Forward alone: a backward pass would take the next message of that rank for the one that is missed, and gloo ends
+    the process where their sizes differ.
+    """
+    start(world_size, 1)
+    dispatcher, indices = dispatcher_of("alltoall", world_size), ROUTINGS["all to the first"](TOKENS)
+    try:
+        rows, _, _, state = dispatcher.dispatch(draw(20, TOKENS, HIDDEN), draw(21, *indices.shape), indices)
+        dispatcher.combine(rows, state)
+    except RuntimeError as error:
+        if "closed by peer" in str(error) or "Timed out" in str(error):
+            return str(error)
+        raise
+    return ""
+
+
+def check_nobody_waits(pool: WorkerPool, broken: str | None = None) -> None:
+    assert run(pool, 2, waits_in_vain, broken=broken) == ["", ""]
+
+
+def test_a_rank_without_rows_takes_part(pool: WorkerPool) -> None:
+    """T40: no hang. Fails if a rank that has no rows to send leaves the all-to-all out (`empty_all_to_all_skipped`)."""
+    check_nobody_waits(pool)
 
 
 def with_capacity(rank: int, world_size: int, ep: int, etp: int) -> dict[str, dict[str, float]]:
@@ -224,45 +270,18 @@ def kept_pairs(world_size: int, routing: str, factor: float, policy: str) -> tup
     return kept, not bool(kept.all())
 
 
+def check_capacity(pool: WorkerPool, ep: int, etp: int, broken: str | None = None) -> None:
+    assert_small(run(pool, ep * etp, with_capacity, ep, etp, broken=broken))
+
+
 @pytest.mark.parametrize(("ep", "etp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_capacity_counts_the_tokens_of_a_rank(pool: WorkerPool, ep: int, etp: int) -> None:
     """T44. Every dispatcher, padded or not, leaves out the same pairs: those beyond each rank's own capacity.
 
-    Fails with: the capacity of all ranks' tokens; dropped pairs that keep their probability; padding by expert only,
-    without the source rank.
+    Fails with: the capacity of all ranks' tokens (`capacity_of_the_group`); dropped pairs that keep their probability;
+    padding by expert only, without the source rank.
     """
-    assert_small(pool.run(with_capacity, ep, etp, world_size=ep * etp, timeout_s=TIMEOUT_S))
-
-
-def with_capacity_of_the_group(rank: int, world_size: int) -> dict[str, dict[str, float]]:
-    def broken(num_tokens: int, *arguments: Any) -> int:
-        return expert_capacity(num_tokens * world_size, *arguments)
-
-    with mock.patch.object(token_dispatcher, "expert_capacity", broken):
-        return with_capacity(rank, world_size, 2, 1)
-
-
-def test_a_capacity_of_all_ranks_tokens_is_caught(pool: WorkerPool) -> None:
-    """T44, a mutation that is run."""
-    with pytest.raises(AssertionError, match="rank 0, allgather"):
-        assert_small(pool.run(with_capacity_of_the_group, world_size=2, timeout_s=TIMEOUT_S))
-
-
-def rank_without_rows_stays_away(rank: int, world_size: int) -> None:
-    original = token_dispatcher.all_to_all
-
-    def broken(group: Any, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
-        return original(group, x, received, sent) if sum(received) else x[:0]
-
-    with mock.patch.object(token_dispatcher, "all_to_all", broken):
-        start(2, 1)
-        compute(rank, dispatcher_of("alltoall", 2), "all to the first")
-
-
-def test_a_rank_without_rows_that_stays_away_is_caught(pool: WorkerPool) -> None:
-    """T40, a mutation that is run: the others wait for it until the time is up, or its connection is gone."""
-    with pytest.raises((WorkerError, TimeoutError)):
-        pool.run(rank_without_rows_stays_away, world_size=2, timeout_s=3.0)
+    check_capacity(pool, ep, etp)
 
 
 def rows_of_dispatchers(rank: int, world_size: int, ep: int, etp: int) -> list[list[list[Tensor]]]:
@@ -278,11 +297,15 @@ def rows_of_dispatchers(rank: int, world_size: int, ep: int, etp: int) -> list[l
 
 
 def test_rows_are_ordered_by_expert_then_by_token(pool: WorkerPool) -> None:
-    """In both dispatchers, so that sums over the rows of an expert are taken in one order.
+    """T41: in both dispatchers, so that sums over the rows of an expert are taken in one order.
 
-    Fails with: equal keys sorted in reverse; received rows left in the order of their source.
+    Fails with: equal keys sorted in reverse (`equal_rows_reversed`); received rows left in the order of their source.
     """
-    for rank, (dropless, padded) in enumerate(pool.run(rows_of_dispatchers, 2, 2, world_size=4, timeout_s=TIMEOUT_S)):
+    check_order_of_rows(pool)
+
+
+def check_order_of_rows(pool: WorkerPool, broken: str | None = None) -> None:
+    for rank, (dropless, padded) in enumerate(run(pool, 4, rows_of_dispatchers, 2, 2, broken=broken)):
         for (gathered, gathered_probs, gathered_counts), (rows, probs, counts) in (dropless, padded):
             assert torch.equal(gathered, rows)
             assert torch.equal(gathered_probs, probs)
@@ -513,3 +536,69 @@ def refuse_length(rank: int, world_size: int) -> None:
 
 def test_a_sequence_that_does_not_divide_is_refused(pool: WorkerPool) -> None:
     pool.run(refuse_length, world_size=2, timeout_s=TIMEOUT_S)
+
+
+# Mutations
+
+
+def capacity_of_the_group():
+    """T44: the capacity of an expert counts the tokens of all ranks of the group."""
+
+    def broken(num_tokens: int, *arguments: Any) -> int:
+        return expert_capacity(num_tokens * torch.distributed.get_world_size(), *arguments)
+
+    return mock.patch.object(token_dispatcher, "expert_capacity", broken)
+
+
+def empty_all_to_all_skipped():
+    """T40: a rank that has no rows to send stays away."""
+    original = token_dispatcher.all_to_all
+
+    def broken(group: Any, rows: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        if sum(sent):
+            return original(group, rows, received, sent)
+        return rows.new_zeros(sum(received), *rows.shape[1:])
+
+    return mock.patch.object(token_dispatcher, "all_to_all", broken)
+
+
+def rows_left_by_source():
+    """T41: one of the dispatchers takes rows by source and expert for rows by expert."""
+    return mock.patch.object(token_dispatcher.AlltoAllTokenDispatcher, "_order_of_experts", return_value=None)
+
+
+def equal_rows_reversed():
+    """T41: one of the dispatchers has the tokens of an expert the other way round; the results differ by rounding."""
+    dispatcher, grouped = token_dispatcher.AlltoAllTokenDispatcher, token_dispatcher.group_slots
+    original = dispatcher._dispatch
+
+    def reversed_slots(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        order, counts = grouped(keys.flip(0), num_keys)
+        return keys.numel() - 1 - order, counts
+
+    def broken(self: TokenDispatcher, *arguments: Any) -> Any:
+        with mock.patch.object(token_dispatcher, "group_slots", reversed_slots):
+            return original(self, *arguments)
+
+    return mock.patch.object(dispatcher, "_dispatch", broken)
+
+
+BROKEN = {
+    function.__name__: function
+    for function in (capacity_of_the_group, empty_all_to_all_skipped, rows_left_by_source, equal_rows_reversed)
+}
+
+CASES = [
+    ("empty_all_to_all_skipped", check_nobody_waits, (), "T40"),
+    ("rows_left_by_source", check_dense_formula, (2, 1), "T41"),
+    ("equal_rows_reversed", check_order_of_rows, (), "T41"),
+    ("capacity_of_the_group", check_capacity, (2, 1), "T44"),
+]
+"""Mutation, the check that fails with it and its arguments, and the traps it stands for."""
+
+
+@pytest.mark.parametrize(("broken", "check", "arguments"), [row[:3] for row in CASES])
+def test_broken_code_is_caught(pool: WorkerPool, broken: str, check: Any, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check(pool, *arguments, broken=broken)
+    assert not isinstance(caught.value, WorkerError), "the mutation itself crashed"
