@@ -36,11 +36,11 @@ def pretrain(config: RunConfig) -> None:
     with distributed_environment(config) as device:
         announce(config, device)
         tokenizer = build_tokenizer(config.tokenizer)
-        model = setup.model_of(config, tokenizer, device)
-        optimizer = get_megatron_optimizer(config.optimizer, model)
+        model_chunks = setup.model_of(config, tokenizer, device)
+        optimizer = get_megatron_optimizer(config.optimizer, model_chunks)
         scheduler = setup.scheduler_of(config, optimizer)
-        progress = load(config, model, optimizer, scheduler)
-        run = setup.assemble(config, device, tokenizer, model, optimizer, scheduler, progress)
+        progress = load(config, model_chunks, optimizer, scheduler)
+        run = setup.assemble(config, device, tokenizer, model_chunks, optimizer, scheduler, progress)
         try:
             stopped_early = not config.validation.skip_train and train(run)
             if not stopped_early:

@@ -69,7 +69,7 @@ CONTENDERS = {"megatron_lite": build_megatron_lite, "plain": build_plain}
 
 def _model(config: RunConfig, device: torch.device, compile_layers: bool = False) -> nn.Module:
     assert config.gpt.vocab_size is not None, "the command asks for it"
-    return build_model(
+    (model,) = build_model(
         config.transformer,
         config.gpt,
         config.ddp,
@@ -79,6 +79,7 @@ def _model(config: RunConfig, device: torch.device, compile_layers: bool = False
         seed=config.rng.seed,
         compile_layers=compile_layers,
     )
+    return model
 
 
 def plain_shape(config: RunConfig) -> plain_gpt.PlainGPTConfig:

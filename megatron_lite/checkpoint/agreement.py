@@ -83,6 +83,15 @@ def union_of_names(names: Iterable[str]) -> set[str]:
     return {name for rank_names in gathered for name in rank_names}
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers that ranks give. Collective: an all-reduce over the world."""
+    if world()[1] == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.int64, device=_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def describe_failures(what: str, failures: dict[int, str]) -> str:
     """A sentence with the ranks that failed and why; equal messages are told once."""
     by_message: dict[str, list[int]] = {}

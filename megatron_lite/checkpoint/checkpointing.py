@@ -9,7 +9,7 @@ their global names, whatever the layout, so any other layout can read its own pa
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +23,12 @@ from megatron_lite.checkpoint.agreement import agreed, from_rank_zero, union_of_
 from megatron_lite.checkpoint.common import COMMON, FORMAT, FORMAT_VERSION, read_common
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.layout import current_layout, describe_changes
-from megatron_lite.checkpoint.model_state import compare_names_and_shapes, model_tensors
+from megatron_lite.checkpoint.model_state import compare_names_and_shapes, fill_copies, model_tensors
 from megatron_lite.checkpoint.replicas import verify_replicas
 from megatron_lite.checkpoint.rng import get_rng_state, reseed, set_rng_state
 from megatron_lite.checkpoint.safe_reader import SafeFileSystemReader, tensor_shapes
 from megatron_lite.checkpoint.tensor_files import read_tensors, write_tensors
+from megatron_lite.model_chunks import ModelChunks, as_chunks
 
 _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 _LARGEST_RNG_STATE = 1 << 20
@@ -65,7 +66,7 @@ class CheckpointState:
 def save_checkpoint(
     root: str | Path,
     iteration: int,
-    model_chunks: nn.Module | Sequence[nn.Module],
+    model_chunks: ModelChunks,
     optimizer: StatefulOptimizer | None,
     extra: Mapping[str, Any],
     *,
@@ -101,7 +102,7 @@ def save_checkpoint(
     root = Path(root)
     what = f"Saving the checkpoint of iteration {iteration} to {root}"
     _print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
-    chunks = _as_list(model_chunks)
+    chunks = as_chunks(model_chunks)
     if check_replicas and parallel_state.model_parallel_is_initialized():
         _warn_of_drift(chunks)
     try:
@@ -129,7 +130,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     root: str | Path,
-    model_chunks: nn.Module | Sequence[nn.Module],
+    model_chunks: ModelChunks,
     optimizer: StatefulOptimizer | None = None,
     *,
     load_optimizer: bool = True,
@@ -160,7 +161,7 @@ def load_checkpoint(
         CheckpointError: the checkpoint is missing though asked for, damaged, unsafe, or of another model.
     """
     root = Path(root)
-    chunks = _as_list(model_chunks)
+    chunks = as_chunks(model_chunks)
     found = from_rank_zero(f"Finding a checkpoint in {root}", lambda: _find(root, ckpt_step))
     if found is None:
         if exit_on_missing_checkpoint:
@@ -178,6 +179,7 @@ def load_checkpoint(
     if load_rng and not finetune and not changes:
         rng = agreed(f"Reading {folder}", lambda: _rng_to_load(reader, folder))
     read_tensors(reader, tensors | rng)
+    fill_copies(chunks)
 
     if with_optimizer:
         assert optimizer is not None
@@ -193,7 +195,7 @@ def load_checkpoint(
     return CheckpointState(iteration, folder, extra, common["config"], rng_restored=bool(rng))
 
 
-def load_weights(folder: str | Path, model_chunks: nn.Module | Sequence[nn.Module]) -> None:
+def load_weights(folder: str | Path, model_chunks: ModelChunks) -> None:
     """Fill a model with the weights of one checkpoint folder, at any layout. Collective over the world.
 
     Raises:
@@ -201,7 +203,8 @@ def load_weights(folder: str | Path, model_chunks: nn.Module | Sequence[nn.Modul
     """
     folder = Path(folder)
     reader = agreed(f"Reading {folder}", lambda: SafeFileSystemReader(folder))
-    read_tensors(reader, _tensors_to_load(_as_list(model_chunks), None, reader, folder))
+    read_tensors(reader, _tensors_to_load(as_chunks(model_chunks), None, reader, folder))
+    fill_copies(model_chunks)
 
 
 def _warn_of_drift(chunks: list[nn.Module]) -> None:
@@ -213,6 +216,7 @@ def _warn_of_drift(chunks: list[nn.Module]) -> None:
             parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_embedding_group(check_initialized=False),
         )
     except CheckpointError as error:
         _print_rank_0(
@@ -297,10 +301,6 @@ def _rng_to_load(reader: SafeFileSystemReader, folder: Path) -> dict[str, Tensor
         if len(shape) != 1 or shape.numel() > _LARGEST_RNG_STATE:
             raise CheckpointError(f"{name} in {folder} has shape {list(shape)}: not the state of a generator.")
     return {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}
-
-
-def _as_list(model_chunks: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    return [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
 
 
 def _print_rank_0(text: str) -> None:

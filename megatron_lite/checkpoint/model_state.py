@@ -1,19 +1,23 @@
 """The tensors of a run by global name, and the comparison of what is wanted with what a checkpoint holds."""
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.model_chunks import ModelChunks, as_chunks
 
 _SHOWN = 10
 
 
-def model_tensors(model_chunks: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor]:
+def model_tensors(model_chunks: ModelChunks) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the model chunks of this rank by their global name, detached.
+
+    The copy of a tied parameter in another pipeline stage has the name of the original; a rank that holds both has
+    the original alone here (`fill_copies`).
 
     Parameters that `fully_shard` manages are the sharded DTensors, also right after an evaluation that left the
     gathered ones in place. A tied parameter appears once, under its first name.
@@ -21,8 +25,9 @@ def model_tensors(model_chunks: nn.Module | Sequence[nn.Module]) -> dict[str, Te
     Raises:
         CheckpointError: two chunks use one name, or a module stores something other than tensors.
     """
-    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    chunks, copies = as_chunks(model_chunks), copies_of(model_chunks)
     tensors: dict[str, Tensor] = {}
+    first_names_of_all = {name for chunk in chunks for name, _ in chunk.named_parameters()}
     for chunk in chunks:
         state = chunk.state_dict()
         first_names = {name for name, _ in chunk.named_parameters()}
@@ -30,12 +35,36 @@ def model_tensors(model_chunks: nn.Module | Sequence[nn.Module]) -> dict[str, Te
         for name, value in state.items():
             if name in aliases:
                 continue
+            if name in copies:
+                name = copies[name]
+                if name in first_names_of_all:
+                    continue
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"{name} is a {type(value).__name__}: a checkpoint holds tensors only.")
             if name in tensors:
                 raise CheckpointError(f"{name} exists in two chunks of the model: names must be global.")
             tensors[name] = value.detach()
     return tensors
+
+
+def copies_of(model_chunks: ModelChunks) -> dict[str, str]:
+    """The declared copies among the parameters of this rank: name -> name of the original (ParameterSpec.copy_of)."""
+    return {
+        f"{path}.{name}" if path else name: spec.copy_of
+        for chunk in as_chunks(model_chunks)
+        for path, module in chunk.named_modules()
+        for name, spec in getattr(module, "parameter_specs", {}).items()
+        if spec.copy_of
+    }
+
+
+@torch.no_grad()
+def fill_copies(model_chunks: ModelChunks) -> None:
+    """After loading: give copies whose original this rank holds, too, the original's values."""
+    parameters = {name: p for chunk in as_chunks(model_chunks) for name, p in chunk.named_parameters()}
+    for name, original in copies_of(model_chunks).items():
+        if original in parameters:
+            local_tensor(parameters[name]).copy_(local_tensor(parameters[original]))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -4,27 +4,28 @@ torch.distributed.checkpoint stores one of several copies of a tensor and does n
 drifted apart, which is always a bug, the checkpoint would hide it: the resumed run differs from the one that went on.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_lite.checkpoint.agreement import agreed, world
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.model_state import local_tensor, model_tensors
+from megatron_lite.model_chunks import ModelChunks, as_chunks
+from megatron_lite.pipeline_parallel.tied_embeddings import tied_weights
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def verify_replicas(
-    model_chunks: nn.Module | Sequence[nn.Module],
+    model_chunks: ModelChunks,
     tp_group: dist.ProcessGroup | None = None,
     replicate_group: dist.ProcessGroup | None = None,
     etp_group: dist.ProcessGroup | None = None,
     expert_replicate_group: dist.ProcessGroup | None = None,
     data_parallel_group: dist.ProcessGroup | None = None,
+    embedding_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Check that tensors which every tensor parallel rank, or every replica of the model, holds are bit-equal.
 
@@ -40,6 +41,7 @@ def verify_replicas(
         expert_replicate_group: ranks that hold whole replicas of this rank's experts (the dimension edp_replicate).
         data_parallel_group: ranks that hold whole copies of dense tensors that are no DTensors (all of dp x cp); None
             for those of `replicate_group`.
+        embedding_group: ranks of the first and of the last pipeline stage, which hold tied embeddings each.
 
     Raises:
         CheckpointError: on every rank, with the names that differ and the ranks that noticed.
@@ -55,6 +57,11 @@ def verify_replicas(
     differing += _differing(plain, everybody, "data parallel ranks")
     differing += _differing(_not_split(experts, "etp"), etp_group, "expert tensor parallel ranks")
     differing += _differing(experts, expert_replicate_group, "replicas of the experts")
+    tied = tied_weights(as_chunks(model_chunks))
+    if tied is not None and (tied.original is None or tied.copy is None):
+        held = tied.original if tied.copy is None else tied.copy
+        assert held is not None
+        differing += _differing({"the tied embeddings": held}, embedding_group, "first and last pipeline stage")
 
     def complain() -> None:
         if differing:
@@ -88,9 +95,9 @@ def _differing(tensors: dict[str, Tensor], group: dist.ProcessGroup | None, whos
     ]
 
 
-def _expert_names(model_chunks: nn.Module | Sequence[nn.Module]) -> set[str]:
+def _expert_names(model_chunks: ModelChunks) -> set[str]:
     """The names in `model_tensors` that are declared to be of routed experts; undeclared parameters are dense."""
-    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    chunks = as_chunks(model_chunks)
     names = set()
     for chunk in chunks:
         for prefix, module in chunk.named_modules():

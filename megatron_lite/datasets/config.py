@@ -59,6 +59,11 @@ class DataConfig(Validated):
         False, "Mask each token that has the pad id even if that is also the id of another special token."
     )
 
+    @property
+    def positions_depend_on_text(self) -> bool:
+        """Whether positions or documents of a sample are found by looking at its tokens."""
+        return self.reset_position_ids or self.reset_attention_mask or self.dataloader_inter_document_masking
+
     def violations(self) -> list[str]:
         """See Validated."""
         found = super().violations()

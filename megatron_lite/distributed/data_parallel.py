@@ -60,6 +60,8 @@ def wrap_data_parallel(
         )
     }
     split_parameters = ddp.data_parallel_sharding_strategy == "optim_grads_params"
+    # Stages of a pipeline meet their parameters once for each micro-batch: gathered anew each time they would wait.
+    split_parameters = split_parameters and config.pipeline_model_parallel_size == 1
     experts = [module for module in model.modules() if _holds_experts(module)]
     assert expert_mesh is not None or not experts, "a model with experts needs the mesh of the experts"
     if experts and expert_mesh is not None:
@@ -135,6 +137,58 @@ def set_is_last_microbatch(model: nn.Module, is_last_microbatch: bool) -> None:
         unit.set_requires_gradient_sync(synchronize, recurse=False)
         unit.set_requires_all_reduce(is_last_microbatch, recurse=False)
         unit.set_reshard_after_backward(is_last_microbatch or strategy == "optim_grads_params", recurse=False)
+
+
+def begin_pipelined_step(model: nn.Module) -> None:
+    """Before a stage of a pipeline works on the micro-batches of a step: all of it stays on this rank.
+
+    Parameters stay gathered and gradients accumulate whole, whatever the strategy, until `reduce_gradients`: forward
+    and backward passes of several micro-batches mix, and some schedules compute gradients of weights after the
+    backward pass that FSDP2 watches.
+    """
+    for unit in _units(model):
+        unit.set_requires_gradient_sync(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+        unit.set_is_last_backward(False)
+
+
+def accumulate_gradients(model: nn.Module) -> None:
+    """Add up the gradients of gathered parameters in the reduction's dtype, as FSDP2 does at the end of a backward."""
+    for _, groups in _states(model):
+        for group in groups:
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """The one reduction of a step's gradients over data parallel ranks; parameters are shards again behind it.
+
+    Collectives: for each unit, last to first, what its backward would do without pipelining (`wrap_data_parallel`).
+    """
+    for unit in _units(model):
+        unit.set_requires_gradient_sync(True, recurse=False)
+        unit.set_requires_all_reduce(True, recurse=False)
+        unit.set_reshard_after_backward(True, recurse=False)
+        unit.set_is_last_backward(True)
+    states = _states(model)
+    for _, groups in reversed(states):
+        for group in groups:
+            group.post_backward()
+    for state, _ in states:
+        if state._is_root:
+            state._root_post_backward_final_callback()
+
+
+def _states(model: nn.Module) -> list[tuple[Any, list[Any]]]:
+    """FSDP2's state of each unit, with its groups of parameters. torch has no public way to reduce after backward."""
+    found = []
+    for unit in _units(model):
+        state: Any = unit._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)
+        groups = [state._fsdp_param_group] if several is None else several
+        found.append((state, [group for group in groups if group is not None]))
+    return found
 
 
 def reshard_parameters(model: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """What is left to do with gradients after the backward pass and the data parallel reduction."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,17 +8,23 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lite import parallel_state
+from megatron_lite.model_chunks import ModelChunks, as_chunks
+from megatron_lite.pipeline_parallel.tied_embeddings import sum_tied_gradients
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel.parameters import local, named_parameter_specs
 
 
 @torch.no_grad()
 def finalize_model_grads(
-    model: nn.Module | Sequence[nn.Module],
+    model: ModelChunks,
     tp_group: ProcessGroup | None,
     etp_group: ProcessGroup | None = None,
+    embedding_group: ProcessGroup | None = None,
 ) -> None:
-    """Sum over the tensor parallel ranks the gradients that are declared partial sums over them.
+    """Sum the gradients that the backward pass left as partial sums over ranks.
+
+    Tied embeddings of a pipeline: the first and the last stage each have a part (`sum_tied_gradients`). The others are
+    declared partial sums over the tensor parallel ranks.
 
     These belong to parameters that every tensor parallel rank holds whole but of which it saw only a part: norms, row
     biases and gates under sequence parallelism, and the norms of query and key heads always. Those of routed experts
@@ -30,15 +35,19 @@ def finalize_model_grads(
         model: one module, or one per virtual pipeline stage, after backward.
         tp_group: the tensor parallel group; None or one rank: nothing to do for dense parameters.
         etp_group: the expert tensor parallel group, default that of `parallel_state`.
+        embedding_group: the ranks of the first and of the last stage of a pipeline, default that of `parallel_state`.
 
     Collectives: one all-reduce (SUM) over each group for each dtype, of the local data parallel shards.
     """
     if etp_group is None:
         etp_group = parallel_state.get_expert_tensor_parallel_group(check_initialized=False)
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    if embedding_group is None:
+        embedding_group = parallel_state.get_embedding_group(check_initialized=False)
+    chunks = as_chunks(model)
     for group, of_experts in ((tp_group, False), (etp_group, True)):
         if group_size(group) > 1:
             _sum_partial_gradients(chunks, group, of_experts)
+    sum_tied_gradients(chunks, embedding_group)
 
 
 def _sum_partial_gradients(chunks: list[nn.Module], group: ProcessGroup | None, of_experts: bool) -> None:

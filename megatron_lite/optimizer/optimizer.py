@@ -6,7 +6,7 @@ restores them at another layout.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.sgd import sgd
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
+from megatron_lite.model_chunks import ModelChunks, as_chunks
 from megatron_lite.optimizer.clip_grads import counts_here, global_grad_statistics
 from megatron_lite.optimizer.config import OptimizerConfig
 from megatron_lite.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
@@ -78,7 +79,9 @@ class MegatronOptimizer:
             name
             for name, parameter in self.named_parameters.items()
             if counts_here(parameter, expert_mesh if name in specs and specs[name].is_expert else dense_mesh)
+            and not (name in specs and specs[name].copy_of)
         }
+        self._copies = {name: spec.copy_of for name, spec in specs.items() if spec.copy_of and name in shards}
         self.grad_scaler = _build_grad_scaler(config, self.device)
         self.state = {name: self._initial_state(shard) for name, shard in shards.items()}
 
@@ -192,12 +195,18 @@ class MegatronOptimizer:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, step counters and loss scale by name: views of the living state, to save or to load into."""
+        """Moments, step counters and loss scale by name: views of the living state, to save or to load into.
+
+        The state of a copy (ParameterSpec.copy_of) has the name of the original, once if this rank has both.
+        """
         state: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters.items():
+            original = self._copies.get(name, name)
+            if original != name and original in self.named_parameters:
+                continue
             for key, value in self.state[name].items():
                 shaped = value if key == "step" else like_parameter(value, parameter)
-                state[f"optimizer.state.{name}.{key}"] = shaped
+                state[f"optimizer.state.{original}.{key}"] = shaped
         if self.grad_scaler is not None:
             state.update({f"optimizer.grad_scaler.{k}": v for k, v in self.grad_scaler.state_dict().items()})
         return state
@@ -221,6 +230,9 @@ class MegatronOptimizer:
             target, source = local(living), local(state_dict[key])
             if target.data_ptr() != source.data_ptr():
                 target.copy_(source)
+        for name, original in self._copies.items():
+            for key, value in self.state.get(original, {}).items():
+                self.state[name][key].copy_(value)
 
 
 def like_parameter(shard: Tensor, parameter: Tensor) -> Tensor:
@@ -253,7 +265,7 @@ def _build_grad_scaler(config: OptimizerConfig, device: torch.device) -> Constan
 
 def get_megatron_optimizer(
     config: OptimizerConfig,
-    model_chunks: nn.Module | Sequence[nn.Module],
+    model_chunks: ModelChunks,
     *,
     dense_mesh: DeviceMesh | None = None,
     expert_mesh: DeviceMesh | None = None,
@@ -267,7 +279,7 @@ def get_megatron_optimizer(
         dense_mesh: mesh of all ranks for dense parameters; default that of `parallel_state`, if it is initialized.
         expert_mesh: the same for routed experts.
     """
-    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    chunks = as_chunks(model_chunks)
     if any(getattr(getattr(chunk, "config", None), "fp16", False) for chunk in chunks):
         config = dataclasses.replace(config, fp16=True)
     if parallel_state.model_parallel_is_initialized():

@@ -35,6 +35,8 @@ class ParameterSpec:
         is_expert: the parameter belongs to a routed expert (a property of the parameter, never of a size).
         apply_weight_decay: None decides by the rule "not 1-D and not a bias" on the logical shape.
         stacks_experts: dimension 0 counts experts, and `init_method` fills the tensor of one of them.
+        copy_of: name of the parameter of which this is a copy in another pipeline stage (tied embeddings). Both have
+            the same values always; the copy has no name of its own in checkpoints and is not counted in norms.
     """
 
     init_method: Callable[[Tensor], Any]
@@ -42,6 +44,7 @@ class ParameterSpec:
     is_expert: bool = False
     apply_weight_decay: bool | None = None
     stacks_experts: bool = False
+    copy_of: str | None = None
 
 
 def declare_parameter(module: nn.Module, name: str, spec: ParameterSpec) -> None:
@@ -248,6 +251,7 @@ def initialize_parameters(model: nn.Module, seed: int, on_cpu: bool = False) -> 
         target = local(parameter.detach())
         device = torch.device("cpu") if on_cpu else target.device
         spec = specs[fqn]
+        fqn = spec.copy_of or fqn
         if not spec.stacks_experts:
             target.copy_(_shard_of(_drawn(seed, fqn, spec, parameter.shape, target.dtype, device), parameter))
             continue

@@ -127,7 +127,8 @@ def model_parallel_cuda_manual_seed(
 ) -> None:
     """Seed the default stream and the tracker's, on CPU and CUDA.
 
-    With r the rank in the data x context parallel group: default and data-parallel stream seed + 1,000,000 r;
+    With r the rank in the data x context parallel group and p the pipeline rank: default and data-parallel stream
+    seed + 1,000,000 r + 100 p;
     model-parallel 2718 + tp rank beyond it; expert-parallel 1024 + 100 ep rank + etp rank. Ranks left out are asked of
     parallel_state, and are 0 in a single process.
     """
@@ -136,7 +137,8 @@ def model_parallel_cuda_manual_seed(
     tp_rank = group_rank(get.get_tensor_model_parallel_group(False)) if tp_rank is None else tp_rank
     ep_rank = group_rank(get.get_expert_model_parallel_group(False)) if ep_rank is None else ep_rank
     etp_rank = group_rank(get.get_expert_tensor_parallel_group(False)) if etp_rank is None else etp_rank
-    base = seed + _REPLICA_STRIDE * replica_rank
+    stage = group_rank(get.get_pipeline_model_parallel_group(False))
+    base = seed + _REPLICA_STRIDE * replica_rank + 100 * stage
     _tracker.reset()
     torch.manual_seed(base)
     _tracker.add(_DATA_PARALLEL_RNG, base)

@@ -1,11 +1,11 @@
 """From datasets to the micro-batches of a step: padded, split over context parallel ranks, on the device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lite.context_parallel import PackedSeqParams, get_batch_on_this_cp_rank
@@ -16,11 +16,43 @@ MicroBatch = dict[str, Any]
 Optionally packed_seq_params, a PackedSeqParams on the host, where documents are to be kept apart."""
 
 
+TEXT = ("tokens", "labels", "loss_mask")
+"""What of a sample only the ends of a pipeline read; the rest is read by every stage."""
+
+
+def names_read(model_chunks: Sequence[nn.Module]) -> set[str]:
+    """Which of TEXT the pipeline stages of this rank read."""
+    names: set[str] = set()
+    for chunk in model_chunks:
+        names |= {"tokens"} if chunk.pre_process else set()
+        names |= {"labels", "loss_mask"} if chunk.post_process else set()
+    return names
+
+
+class PositionsOnly(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """As many samples as a dataset has, of which nothing but the positions is known: what middle stages read."""
+
+    def __init__(self, dataset: Any, sequence_length: int) -> None:
+        self._length = len(dataset)
+        self._positions = torch.arange(sequence_length, device="cpu")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"position_ids": self._positions}
+
+
 class MicroBatchStream:
     """Hands out the micro-batches of one global batch at a time, already on their way to the device."""
 
     def __init__(
-        self, loader: Any, device: torch.device, cp_group: ProcessGroup | None = None, padding: int = 0
+        self,
+        loader: Any,
+        device: torch.device,
+        cp_group: ProcessGroup | None = None,
+        padding: int = 0,
+        names: Collection[str] = TEXT,
     ) -> None:
         """Prepare to read.
 
@@ -30,9 +62,11 @@ class MicroBatchStream:
             device: where the tensors go.
             cp_group: ranks over which each sequence is split; default the global context parallel group.
             padding: masked tokens to append to each sequence before the split.
+            names: which of TEXT to hand out; the others are dropped (`names_read`).
         """
         self._iterator: Iterator[Mapping[str, Any]] = iter(loader)
         self._device, self._cp_group, self._padding = device, cp_group, padding
+        self._dropped = set(TEXT) - set(names)
 
     def next_global_batch(self, num_microbatches: int) -> list[MicroBatch]:
         """The next `num_microbatches` micro-batches of this rank.
@@ -54,7 +88,8 @@ class MicroBatchStream:
             except ConfigError as error:
                 # A worker process wraps its message in its traceback.
                 raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from error
-            mine = prepare(batch, self._cp_group, self._padding)
+            needed = {name: value for name, value in batch.items() if name not in self._dropped}
+            mine = prepare(needed, self._cp_group, self._padding)
             batches.append({name: _send(value, self._device) for name, value in mine.items()})
         return batches
 

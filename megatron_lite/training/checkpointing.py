@@ -22,7 +22,7 @@ from megatron_lite.training.upcycling import dense_checkpoint, upcycle
 
 def save(
     config: RunConfig,
-    model: nn.Module,
+    model_chunks: list[nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     progress: Progress,
@@ -30,11 +30,12 @@ def save(
     """Write a checkpoint of everything that the rest of the run depends on. A collective over all ranks."""
     checkpoint = config.checkpoint
     assert checkpoint.save is not None, "nobody asked for checkpoints"
-    reshard_parameters(model)
+    for chunk in model_chunks:
+        reshard_parameters(chunk)
     save_checkpoint(
         checkpoint.save,
         progress.iteration,
-        model,
+        model_chunks,
         optimizer if checkpoint.save_optim else None,
         {"progress": asdict(progress), "scheduler": scheduler.state_dict()},
         config_dict=config.to_dict(),
@@ -63,7 +64,7 @@ def make_save_folder(folder: str | None) -> None:
 
 
 def load(
-    config: RunConfig, model: nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler | None
+    config: RunConfig, model_chunks: list[nn.Module], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler | None
 ) -> Progress:
     """Continue from --load, else start from the weights of --pretrained-checkpoint, else from the initial weights.
 
@@ -91,11 +92,11 @@ def load(
             _refuse_to_start_over(config, root)
             for line in changed_settings(config, read_common(dense)["config"], finetune=True):
                 print_rank_0(f"WARNING: {line}")
-            upcycle(dense, model, config.transformer)
+            upcycle(dense, model_chunks, config.transformer)
             return Progress()
     state = load_checkpoint(
         root,
-        model,
+        model_chunks,
         optimizer,
         load_optimizer=checkpoint.load_optim,
         load_rng=checkpoint.load_rng,

@@ -121,6 +121,9 @@ def announce(config: RunConfig, device: torch.device) -> None:
     context = ""
     if sizes.context_parallel_size > 1:
         context = f" x context {sizes.context_parallel_size} ({describe_communication(sizes)})"
+    pipeline = ""
+    if sizes.pipeline_model_parallel_size > 1:
+        pipeline = f" x pipeline {sizes.pipeline_model_parallel_size} ({sizes.schedule})"
     experts = ""
     if sizes.num_moe_experts is not None:
         experts = (
@@ -131,10 +134,13 @@ def announce(config: RunConfig, device: torch.device) -> None:
     dtype = str(sizes.params_dtype).removeprefix("torch.")
     print_rank_0(
         f"megatron_lite on {config.world_size} ranks ({where}), {dtype}: tensor {sizes.tensor_model_parallel_size}"
-        f"{' with sequence' if sizes.sequence_parallel else ''}{context} x data {config.data_parallel_size} "
+        f"{' with sequence' if sizes.sequence_parallel else ''}{context} {pipeline} x data {config.data_parallel_size} "
         f"({config.ddp.data_parallel_sharding_strategy}){experts}; global batch {config.global_batch_size} sequences "
         f"of {config.data.seq_length} tokens"
     )
+    if sizes.pipeline_model_parallel_size > 1:
+        for line in sizes.pipeline_layout.describe():
+            print_rank_0(f"  {line}")
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
     grouped = "" if sizes.num_moe_experts is None else f" · grouped products: {_grouped_products(sizes, device)}"
     print_rank_0(

@@ -1,7 +1,9 @@
 """Building the parts of a run: model, data, optimizer, and the `Run` that holds them."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +20,10 @@ from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
 from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler, get_optimizer_param_scheduler
+from megatron_lite.pipeline_parallel import Stage, get_forward_backward_func
 from megatron_lite.tensor_parallel.parameters import initialize_parameters
 from megatron_lite.tokenizers import MegatronTokenizer
-from megatron_lite.training.batches import MicroBatchStream
+from megatron_lite.training.batches import TEXT, MicroBatchStream, PositionsOnly, names_read
 from megatron_lite.training.checkpointing import make_save_folder
 from megatron_lite.training.hooks import build_hooks
 from megatron_lite.training.initialize import print_rank_0
@@ -34,11 +37,18 @@ from megatron_lite.transformer.transformer_config import TransformerConfig
 
 
 def build_gpt(
-    transformer: TransformerConfig, gpt: GPTModelConfig, vocab_size: int, max_sequence_length: int
+    transformer: TransformerConfig,
+    gpt: GPTModelConfig,
+    vocab_size: int,
+    max_sequence_length: int,
+    stage: Stage | None = None,
 ) -> GPTModel:
-    """A GPT whose parameters have shapes and declarations but no storage yet (the meta device)."""
+    """A GPT, or one pipeline stage of it, whose parameters have shapes and declarations but no storage yet (meta)."""
+    part: dict[str, Any] = {}
+    if stage is not None:
+        part = {"pre_process": stage.embedding, "post_process": stage.loss, "layer_indices": stage.layers}
     with torch.device("meta"):
-        return build_gpt_model(transformer, gpt, vocab_size, max_sequence_length)
+        return build_gpt_model(transformer, gpt, vocab_size, max_sequence_length, **part)
 
 
 def build_model(
@@ -51,31 +61,36 @@ def build_model(
     device: torch.device,
     seed: int,
     compile_layers: bool = False,
-) -> nn.Module:
-    """This rank's part of a GPT: built without storage, sharded, and only then filled.
+) -> list[nn.Module]:
+    """This rank's part of a GPT, a chunk for each of its pipeline stages: built without storage, sharded, then filled.
 
     So no rank ever holds more than its shard, and the initial weights do not depend on the layout.
     """
-    model = build_gpt(transformer, gpt, vocab_size, max_sequence_length)
-    if compile_layers:
-        for number, layer in enumerate(model.decoder.layers.values(), start=1):
-            # How many rows an expert gets, and the exchange of tokens, are known only as they come.
-            compiled = layer.get_submodule("self_attention") if is_moe_layer(transformer, number) else layer
-            compiled.compile(fullgraph=True)
-    wrap_data_parallel(
-        model, transformer, ddp, parallel_state.get_dense_mesh(), expert_mesh=parallel_state.get_expert_mesh()
-    )
-    model.to_empty(device=device)
-    for module in model.modules():
-        if hasattr(module, "reset_buffers"):
-            module.reset_buffers()  # type: ignore[operator]  # a method, where there is one
-    if transformer.perform_initialization:
-        initialize_parameters(model, seed, on_cpu=transformer.use_cpu_initialization)
-    return model
+    layout = transformer.pipeline_layout
+    chunks: list[nn.Module] = []
+    for number in layout.stages_of(parallel_state.get_pipeline_model_parallel_rank()):
+        model = build_gpt(transformer, gpt, vocab_size, max_sequence_length, layout.stages[number])
+        if compile_layers:
+            for index, layer in model.decoder.layers.items():
+                # How many rows an expert gets, and the exchange of tokens, are known only as they come.
+                has_experts = is_moe_layer(transformer, int(index) + 1)
+                compiled = layer.get_submodule("self_attention") if has_experts else layer
+                compiled.compile(fullgraph=True)
+        wrap_data_parallel(
+            model, transformer, ddp, parallel_state.get_dense_mesh(), expert_mesh=parallel_state.get_expert_mesh()
+        )
+        model.to_empty(device=device)
+        for module in model.modules():
+            if hasattr(module, "reset_buffers"):
+                module.reset_buffers()  # type: ignore[operator]  # a method, where there is one
+        if transformer.perform_initialization:
+            initialize_parameters(model, seed, on_cpu=transformer.use_cpu_initialization)
+        chunks.append(model)
+    return chunks
 
 
-def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> nn.Module:
-    """The model of a run, announced with its number of parameters.
+def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> list[nn.Module]:
+    """This rank's chunks of the model of a run, announced with its number of parameters.
 
     Raises:
         ConfigError: the tokenizer makes ids that the model has no embedding for, or the device lacks what is asked for.
@@ -89,7 +104,7 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         raise ConfigError(
             "attention_backend is fused, which is cuDNN's and needs a GPU, but this run is on the CPU: write auto."
         )
-    model = build_model(
+    model_chunks = build_model(
         config.transformer,
         config.gpt,
         config.ddp,
@@ -99,20 +114,27 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         seed=config.rng.seed,
         compile_layers=config.training.compile,
     )
-    count = count_parameters(model, config.transformer)
+    pipeline = config.transformer.pipeline_model_parallel_size
+    whole = (
+        model_chunks[0]
+        if pipeline == 1
+        else build_gpt(config.transformer, config.gpt, tokenizer.vocab_size, config.sequence_length)
+    )
+    count = count_parameters(whole, config.transformer)
     ways = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": pipeline,
         "context": parallel_state.get_context_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
     }
-    optional = ("context", "expert")
+    optional = ("pipeline", "context", "expert")
     shown = ", ".join(
         f"{ranks}-way {axis} parallel" for axis, ranks in ways.items() if axis not in optional or ranks > 1
     )
     active = f", {count.active:,} of them active for a token" if count.experts else ""
     print_rank_0(f" > number of parameters: {count.total:,}{active} ({shown})")
-    return model
+    return model_chunks
 
 
 def batch_calculator_of(config: RunConfig) -> NumMicroBatchesCalculator:
@@ -152,9 +174,17 @@ def scheduler_of(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerPa
 
 
 def data_streams(
-    config: RunConfig, tokenizer: MegatronTokenizer, progress: Progress, iterations: int, device: torch.device
+    config: RunConfig,
+    tokenizer: MegatronTokenizer,
+    model_chunks: Sequence[nn.Module],
+    progress: Progress,
+    iterations: int,
+    device: torch.device,
 ) -> list[MicroBatchStream | None]:
-    """Training, validation and test data, each from where `progress` says; None for a split that is empty."""
+    """Training, validation and test data, each from where `progress` says; None for a split that is empty.
+
+    Of a sample each pipeline stage reads what it needs: tokens the first, labels the last, and those between neither.
+    """
     batch, validation = config.global_batch_size, config.validation
     train_samples = config.training.train_samples or batch_calculator_of(config).samples(iterations)
     interval = validation.eval_interval or iterations + 1
@@ -172,8 +202,11 @@ def data_streams(
     exit_signal = signal.Signals[config.training.exit_signal] if config.training.exit_signal_handler else None
     cp_group = parallel_state.get_context_parallel_group()
     padding = config.padded_sequence_length - config.sequence_length
+    names = names_read(model_chunks)
+    by_position = names.isdisjoint(TEXT) and not config.data.positions_depend_on_text
     streams: list[MicroBatchStream | None] = []
-    for dataset, start in zip(datasets, consumed, strict=True):
+    for samples, start in zip(datasets, consumed, strict=True):
+        dataset = PositionsOnly(samples, config.sequence_length) if samples and by_position else samples
         loader = build_pretraining_data_loader(
             dataset,
             start,
@@ -184,7 +217,7 @@ def data_streams(
             num_workers=config.data.num_workers,
             exit_signal=exit_signal,
         )
-        streams.append(None if loader is None else MicroBatchStream(loader, device, cp_group, padding))
+        streams.append(None if loader is None else MicroBatchStream(loader, device, cp_group, padding, names))
     return streams
 
 
@@ -206,7 +239,7 @@ def assemble(
     config: RunConfig,
     device: torch.device,
     tokenizer: MegatronTokenizer,
-    model: nn.Module,
+    model_chunks: list[nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler | None,
     progress: Progress,
@@ -215,16 +248,17 @@ def assemble(
     calculator = batch_calculator_of(config)
     iterations = total_iterations(config, calculator)
     make_save_folder(config.checkpoint.save)
-    train, valid, test = data_streams(config, tokenizer, progress, iterations, device)
+    train, valid, test = data_streams(config, tokenizer, model_chunks, progress, iterations, device)
     check_splits(config, train, valid)
     is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    padded = model.padded_vocab_size
+    padded = model_chunks[0].padded_vocab_size
     assert isinstance(padded, int)
     trace_folder = Path(config.logger.tensorboard_dir or config.checkpoint.save or ".") / "profile"
     return Run(
         config=config,
         device=device,
-        model=model,
+        model_chunks=model_chunks,
+        forward_backward_func=get_forward_backward_func(config.transformer),
         optimizer=optimizer,
         scheduler=scheduler,
         batch_calculator=calculator,

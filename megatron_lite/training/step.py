@@ -4,6 +4,7 @@ The contract (docs/architecture.md, "Gradients and loss"): every rank back-propa
 tokens), every reduction across ranks is a SUM, and nothing averages. So the layout cannot change the gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite import parallel_state
-from megatron_lite.distributed import finalize_model_grads, set_is_last_microbatch
+from megatron_lite.distributed import finalize_model_grads
+from megatron_lite.model_chunks import ModelChunks, as_chunks
 from megatron_lite.optimizer import MegatronOptimizer
+from megatron_lite.pipeline_parallel.schedules import ForwardBackward, forward_backward_no_pipelining
 from megatron_lite.process_groups import group_size
 from megatron_lite.training.batches import MicroBatch
 from megatron_lite.transformer.moe import auxiliary_losses
@@ -38,16 +41,27 @@ class StepOutput:
     loss_scale: Tensor
 
 
-def micro_batch_losses(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Loss of each of this rank's tokens of a micro-batch, [b, s / cp], zero where the loss mask is."""
+def forward_step(model: nn.Module, batch: MicroBatch, decoder_input: Tensor | None = None) -> Tensor:
+    """Run the model, or one chunk of it, on this rank's part of a micro-batch.
+
+    Returns:
+        From a model that ends here the loss of each token, [b, s / cp], zero where the loss mask is; else hidden
+        states [s, b, h].
+    """
     return model(
-        batch["tokens"],
+        batch.get("tokens"),
         batch["position_ids"],
         batch.get("attention_mask"),
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
+        labels=batch.get("labels"),
+        loss_mask=batch.get("loss_mask"),
         packed_seq_params=batch.get("packed_seq_params"),
+        decoder_input=decoder_input,
     )
+
+
+def holds_loss(model_chunks: Sequence[nn.Module]) -> bool:
+    """Whether the model ends on this rank, so that it reads labels and computes the loss."""
+    return any(getattr(chunk, "post_process", True) for chunk in model_chunks)
 
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -84,72 +98,93 @@ def loss_weights(
 
 
 def train_step(
-    model: nn.Module,
+    model_chunks: ModelChunks,
     optimizer: MegatronOptimizer,
     micro_batches: list[MicroBatch],
     *,
     tp_group: dist.ProcessGroup | None,
     dp_cp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
+    pp_group: dist.ProcessGroup | None = None,
     per_token_loss: bool = True,
     tp_dp_cp_group: dist.ProcessGroup | None = None,
+    forward_backward_func: ForwardBackward = forward_backward_no_pipelining,
 ) -> StepOutput:
     """Train on one global batch without waiting for the device.
 
     Args:
-        model: a GPT wrapped by `wrap_data_parallel`.
-        optimizer: holds the masters and moments of its parameters.
-        micro_batches: this rank's share of the global batch.
+        model_chunks: the GPT on this rank, or its pipeline stages, each wrapped by `wrap_data_parallel`.
+        optimizer: holds the masters and moments of their parameters.
+        micro_batches: this rank's share of the global batch; labels and loss_mask where the model ends.
         tp_group: ranks that share each layer; sums the gradients that are partial over it.
         dp_cp_group: ranks between which tokens are split; normalizes the loss.
         cp_group: those of them that share micro-batches; None stands for this rank alone.
+        pp_group: the ranks of this pipeline, all of which learn the loss; None stands for this rank alone.
         per_token_loss: see `loss_weights`.
         tp_dp_cp_group: ranks between which the tokens of a layer of experts are split; its counts are summed over them.
             Default the global group.
+        forward_backward_func: from `get_forward_backward_func`.
     """
-    loss, total_tokens = forward_backward(
-        model,
+    loss_and_tokens = forward_backward(
+        model_chunks,
         optimizer,
         micro_batches,
         dp_cp_group=dp_cp_group,
         cp_group=cp_group,
         per_token_loss=per_token_loss,
+        forward_backward_func=forward_backward_func,
     )
-    finalize_model_grads(model, tp_group)
+    finalize_model_grads(model_chunks, tp_group)
     loss_scale = optimizer.get_loss_scale().clone()
     result = optimizer.step()
     # As in Megatron-LM also after a step that was skipped: the tokens went where they were counted all the same.
-    update_expert_bias(model, _all_token_ranks() if tp_dp_cp_group is None else tp_dp_cp_group)
-    sum_over(loss, dp_cp_group)
+    update_expert_bias(model_chunks, _all_token_ranks() if tp_dp_cp_group is None else tp_dp_cp_group)
+    loss, total_tokens = _shared(*loss_and_tokens, dp_cp_group, pp_group)
     return StepOutput(loss / total_tokens, result.grad_norm, result.found_inf, result.num_zeros, loss_scale)
 
 
 def forward_backward(
-    model: nn.Module,
+    model_chunks: ModelChunks,
     optimizer: MegatronOptimizer,
     micro_batches: list[MicroBatch],
     *,
     dp_cp_group: dist.ProcessGroup | None,
     cp_group: dist.ProcessGroup | None = None,
     per_token_loss: bool = True,
+    forward_backward_func: ForwardBackward = forward_backward_no_pipelining,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the global batch into the model; returns (this rank's summed loss, valid tokens of all ranks).
 
-    Losses that layers of experts attach to their activations count as their mean over the micro-batches of all data
-    parallel ranks, beside the loss of the tokens.
+    Both are zero on ranks of a pipeline where the model does not end. Losses that layers of experts attach to their
+    activations count as their mean over the micro-batches of all data parallel ranks, beside the loss of the tokens.
     """
     optimizer.zero_grad()
-    total_tokens = count_tokens(micro_batches, dp_cp_group)
+    chunks = as_chunks(model_chunks)
     data_parallel_size = group_size(dp_cp_group) // group_size(cp_group)
-    weights = loss_weights(micro_batches, total_tokens, data_parallel_size, per_token_loss, cp_group)
-    loss = torch.zeros_like(total_tokens)
     auxiliary_losses.begin_step(optimizer.get_loss_scale().double() / (len(micro_batches) * data_parallel_size))
-    for number, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True), start=1):
-        set_is_last_microbatch(model, number == len(micro_batches))
-        summed = micro_batch_losses(model, batch).sum()
-        loss += summed.detach()
-        optimizer.scale_loss(summed * weight.to(summed.dtype)).backward()
+    loss = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    total_tokens, weights = loss.clone(), []
+    if holds_loss(chunks):
+        total_tokens = count_tokens(micro_batches, dp_cp_group)
+        weights = loss_weights(micro_batches, total_tokens, data_parallel_size, per_token_loss, cp_group)
+
+    def weighted_loss(number: int, losses: Tensor) -> Tensor:
+        summed = losses.sum()
+        loss.add_(summed.detach())
+        return optimizer.scale_loss(summed * weights[number].to(summed.dtype))
+
+    forward_backward_func(forward_step, chunks, micro_batches, weighted_loss)
     return loss, total_tokens
+
+
+def _shared(
+    loss: Tensor, total_tokens: Tensor, dp_cp_group: dist.ProcessGroup | None, pp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of all ranks and the tokens, known to the whole pipeline."""
+    sum_over(loss, dp_cp_group)
+    both = torch.stack([loss, total_tokens])
+    sum_over(both, pp_group)
+    return both[0], both[1]
 
 
 def _all_token_ranks() -> dist.ProcessGroup | None:

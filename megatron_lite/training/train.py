@@ -12,6 +12,7 @@ from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
+from megatron_lite.pipeline_parallel import ForwardBackward
 from megatron_lite.training.batches import MicroBatchStream
 from megatron_lite.training.checkpointing import save
 from megatron_lite.training.evaluate import evaluate
@@ -32,7 +33,8 @@ class Run:
 
     config: RunConfig
     device: torch.device
-    model: nn.Module
+    model_chunks: list[nn.Module]
+    forward_backward_func: ForwardBackward
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler | None
     batch_calculator: NumMicroBatchesCalculator
@@ -58,7 +60,8 @@ def train(run: Run) -> bool:
     config, progress = run.config, run.progress
     if progress.iteration >= run.total_iterations:
         print_rank_last(f"all {run.total_iterations} iterations are done; raise --train-iters to train on")
-    run.model.train()
+    for chunk in run.model_chunks:
+        chunk.train()
     run.metrics.restart_clock()
     saved_at = progress.iteration
     with StopVote(config.training) as vote:
@@ -97,12 +100,14 @@ def one_iteration(run: Run) -> None:
     progress.consumed_train_samples += global_batch_size
     if progress.iteration not in config.training.iterations_to_skip:
         output = train_step(
-            run.model,
+            run.model_chunks,
             run.optimizer,
             batches,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             cp_group=parallel_state.get_context_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            forward_backward_func=run.forward_backward_func,
             per_token_loss=config.transformer.calculate_per_token_loss,
         )
         record = IterationRecord(
@@ -164,7 +169,9 @@ def read_metrics(run: Run, end_of_interval: bool = False) -> None:
         return
     if end_of_interval:
         token_ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        records[-1].experts = collect(run.model, token_ranks)
+        records[-1].experts = collect(
+            run.model_chunks, token_ranks, parallel_state.get_pipeline_model_parallel_group()
+        )
     if run.device.type == "cuda" and run.config.logger.log_memory_to_tensorboard:
         records[-1].values["mem-allocated-bytes"] = torch.cuda.memory_allocated(run.device)
         records[-1].values["mem-reserved-bytes"] = torch.cuda.memory_reserved(run.device)
@@ -236,11 +243,13 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation", final: boo
     samples_of_micro_batch = run.batch_calculator.micro_batch_size * run.config.data_parallel_size
     num_microbatches = run.config.global_batch_size // samples_of_micro_batch
     loss = evaluate(
-        run.model,
+        run.model_chunks,
         stream,
         iterations=iterations,
         num_microbatches=num_microbatches,
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        forward_backward_func=run.forward_backward_func,
     )
     if split == "validation":
         run.progress.consumed_valid_samples += iterations * num_microbatches * samples_of_micro_batch
@@ -257,7 +266,7 @@ def save_now(run: Run) -> None:
     """Check the numbers so far, then write a checkpoint."""
     assert run.scheduler is not None, "only a run that trains is saved"
     read_metrics(run)
-    save(run.config, run.model, run.optimizer, run.scheduler, run.progress)
+    save(run.config, run.model_chunks, run.optimizer, run.scheduler, run.progress)
     run.metrics.restart_clock()
 
 

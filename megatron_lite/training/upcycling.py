@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.checkpoint import find_checkpoint, read_common, read_tracker
-from megatron_lite.checkpoint.agreement import agreed, from_rank_zero
-from megatron_lite.checkpoint.model_state import compare_names_and_shapes, model_tensors
+from megatron_lite.checkpoint.agreement import agreed, from_rank_zero, largest, union_of_names
+from megatron_lite.checkpoint.model_state import compare_names_and_shapes, fill_copies, model_tensors
 from megatron_lite.checkpoint.safe_reader import SafeFileSystemReader, tensor_shapes
 from megatron_lite.checkpoint.tensor_files import read_tensors
 
 # How a parameter is split is known there; initial values are cut to what a rank stores in the same way.
 from megatron_lite.tensor_parallel.parameters import _shard_of, _shard_of_expert, _stored_experts, local
+from megatron_lite.model_chunks import ModelChunks
 from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.transformer.moe.routing import route, route_by_sinkhorn
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -54,7 +55,7 @@ def dense_checkpoint(root: str, ckpt_step: int | None) -> Path | None:
 
 
 @torch.no_grad()
-def upcycle(folder: Path, model: nn.Module, config: TransformerConfig) -> None:
+def upcycle(folder: Path, model_chunks: ModelChunks, config: TransformerConfig) -> None:
     """Fill a model with experts from a dense checkpoint of the same architecture, at any layout.
 
     All but the MLPs of layers with experts is loaded as it is. Routers and shared experts keep their initial values.
@@ -66,14 +67,14 @@ def upcycle(folder: Path, model: nn.Module, config: TransformerConfig) -> None:
 
     Args:
         folder: of one checkpoint.
-        model: initialized, and wrapped for data parallelism.
-        config: of `model`; moe_upcycling_granularity divides each dense MLP.
+        model_chunks: initialized, and wrapped for data parallelism.
+        config: of the model; moe_upcycling_granularity divides each dense MLP.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsafe, or of another architecture.
     """
     reader = agreed(f"Reading {folder}", lambda: SafeFileSystemReader(folder))
-    own = model_tensors(model)
+    own = model_tensors(model_chunks)
     shapes = {name: shape for name, shape in tensor_shapes(reader.metadata).items() if name.startswith("model.")}
     kept = {f"model.{name}": tensor for name, tensor in own.items() if not _OF_EXPERTS.match(name)}
     layers: dict[str, dict[str, Tensor]] = {}
@@ -83,17 +84,23 @@ def upcycle(folder: Path, model: nn.Module, config: TransformerConfig) -> None:
             layers.setdefault(prefix, {})[parameter] = tensor
     dense = {prefix: _dense_tensors(prefix, experts, config) for prefix, experts in layers.items()}
     wanted = kept | {name: tensor for tensors in dense.values() for name, tensor in tensors.items()}
-    agreed(f"Reading {folder}", lambda: compare_names_and_shapes(wanted, wanted, shapes, folder))
+    wanted_anywhere = union_of_names(wanted)
+    agreed(f"Reading {folder}", lambda: compare_names_and_shapes(wanted, wanted_anywhere, shapes, folder))
     read_tensors(reader, kept)
+    fill_copies(model_chunks)
+    # All ranks read together, as often as the pipeline stage with the most layers of experts.
+    without = largest(len(layers)) - len(layers)
     for prefix, experts in layers.items():
         # One layer at a time: whole matrices, on every rank.
         whole = {name: torch.empty_like(tensor, device=_device(experts)) for name, tensor in dense[prefix].items()}
         read_tensors(reader, whole)
         _fill_experts(prefix, experts, whole, config)
+    for _ in range(without):
+        read_tensors(reader, {})
     if config.moe_upcycling_granularity > 1:
         _join_virtual_groups(own, config.moe_upcycling_granularity)
     print_rank_0(
-        f" upcycled the dense model of {folder}: the MLPs of {len(layers)} layers became {config.num_moe_experts} "
+        f" upcycled the dense model of {folder}: the MLPs of {config.num_moe_layers} layers became {config.num_moe_experts} "
         f"experts each (granularity {config.moe_upcycling_granularity})"
     )
 

@@ -28,7 +28,6 @@ class TransformerConfig(MoEConfig):
     """
 
     # Shape
-    num_layers: int = knob(0, "Number of transformer layers.")
     hidden_size: int = knob(0, "Width h of the residual stream.")
     ffn_hidden_size: int | None = knob(
         None, "Width f of the MLP; default 4 h, with a gated activation 2/3 of that, rounded to a multiple of 64."

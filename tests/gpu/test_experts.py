@@ -52,7 +52,7 @@ def model_with_experts(device: torch.device, **settings: Any):
         **settings,
     )
     config.validate()
-    model = build_model(
+    (model,) = build_model(
         config,
         GPTModelConfig(position_embedding_type="rope"),
         DistributedDataParallelConfig(),

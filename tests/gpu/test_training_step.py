@@ -38,7 +38,7 @@ def small_model(device: torch.device, compile_layers: bool = False, **settings: 
         num_layers=2, hidden_size=256, num_attention_heads=4, normalization="RMSNorm", swiglu=True, **settings
     )
     gpt = GPTModelConfig(position_embedding_type="rope")
-    model = build_model(
+    (model,) = build_model(
         config,
         gpt,
         DistributedDataParallelConfig(),
@@ -115,7 +115,7 @@ def test_attention_backends_agree(groups, backend):
         config = TransformerConfig(
             num_layers=2, hidden_size=256, num_attention_heads=4, bf16=True, attention_backend=name
         )
-        model = build_model(
+        (model,) = build_model(
             config,
             GPTModelConfig(position_embedding_type="rope"),
             DistributedDataParallelConfig(),

@@ -6,7 +6,7 @@ and its weights after many steps.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,18 +17,20 @@ from torch.distributed.tensor import DTensor
 
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import verify_replicas
+from megatron_lite.checkpoint.model_state import copies_of
 from megatron_lite.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron_lite.pipeline_parallel import get_forward_backward_func
+from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel.parameters import initialize_parameters
-from megatron_lite.training.batches import MicroBatch, MicroBatchStream
+from megatron_lite.training.batches import TEXT, MicroBatch, MicroBatchStream, names_read
 from megatron_lite.training.evaluate import evaluate
 from megatron_lite.training.initialize import set_random_seed
 from megatron_lite.training.setup import build_gpt, build_model
 from megatron_lite.training.step import forward_backward, train_step
 from megatron_lite.transformer.moe import auxiliary_losses
-from megatron_lite.transformer.moe.router import TopKRouter
-from megatron_lite.transformer.moe.statistics import is_recomputation, update_expert_bias
+from megatron_lite.transformer.moe.statistics import is_recomputation, routers_of, update_expert_bias
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.mutations import mutation
 
@@ -70,11 +72,16 @@ class Layout:
     etp: int | None = None
     dispatcher: str = "alltoall"
     evaluated: bool = False
+    pp: int = 1
+    schedule: str | None = None
+    chunks: int | None = None
+    stages: str | None = None
+    layers: int = 2
 
     @property
     def world_size(self) -> int:
         """Processes it takes."""
-        return self.tp * self.cp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def micro_batch_size(self) -> int:
@@ -88,6 +95,9 @@ class Layout:
         """Short, for the test's id."""
         comm = self.comm if isinstance(self.comm, str) else "+".join(self.comm)
         parts = [f"tp{self.tp}"] + ["sp"] * self.sp + [f"cp{self.cp}-{comm}"] * (self.cp > 1)
+        if self.pp > 1:
+            parts += [f"pp{self.pp}"] + [f"vpp{self.chunks}"] * (self.chunks is not None)
+            parts += [self.schedule or "default"] + [f"stages-{self.stages}"] * (self.stages is not None)
         parts += [f"dp{self.dp}", self.strategy]
         parts += [f"x{self.replicas}"] * (self.replicas > 1) + [f"acc{self.accumulation}"]
         parts += ["tied" if self.tied else "untied", self.normalization] + ["swiglu"] * self.swiglu
@@ -112,6 +122,7 @@ class Layout:
         by_micro_batch = not self.per_token_loss or self.moe is not None
         replicas = 1 if self.moe == "global" else self.dp
         return Layout(
+            layers=self.layers,
             accumulation=replicas * self.accumulation if by_micro_batch else 1,
             per_token_loss=self.per_token_loss,
             tied=self.tied,
@@ -166,6 +177,7 @@ class Result:
     losses: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     choices: list[int] = field(default_factory=list)
+    untied: int = 0
 
 
 def transformer_config(layout: Layout) -> TransformerConfig:
@@ -192,7 +204,11 @@ def transformer_config(layout: Layout) -> TransformerConfig:
             **MIXTURES[layout.moe],
         }
     return TransformerConfig(
-        num_layers=2,
+        num_layers=layout.layers,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_schedule=layout.schedule,
+        num_virtual_stages_per_pipeline_rank=layout.chunks,
+        pipeline_model_parallel_layout=layout.stages,
         hidden_size=32,
         ffn_hidden_size=64,
         num_attention_heads=8,
@@ -250,12 +266,13 @@ def global_batch(step: int, layout: Layout) -> dict[str, Tensor]:
     return batch
 
 
-def micro_batches(layout: Layout, step: int, dp_rank: int) -> list[MicroBatch]:
+def micro_batches(layout: Layout, step: int, dp_rank: int, names: Collection[str] = TEXT) -> list[MicroBatch]:
     """This rank's share, cut as the sampler cuts it (each block of mbs x dp in rank order) and prepared by the run."""
     batch, size = global_batch(step, layout), layout.micro_batch_size
     starts = [number * size * layout.dp + dp_rank * size for number in range(layout.accumulation)]
     parts = [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in starts]
-    stream = MicroBatchStream(parts, torch.device("cpu"), parallel_state.get_context_parallel_group())
+    cp_group = parallel_state.get_context_parallel_group()
+    stream = MicroBatchStream(parts, torch.device("cpu"), cp_group, names=names)
     return stream.next_global_batch(layout.accumulation)
 
 
@@ -270,13 +287,15 @@ class Choices:
     Of (token, layer, expert) an integer is made that looks random, and these are added up, over all ranks too.
     """
 
-    def __init__(self, model: nn.Module, tp_rank: int = 0) -> None:
+    def __init__(self, model_chunks: list[nn.Module], tp_rank: int = 0) -> None:
         self.total = torch.zeros((), dtype=torch.int64)
         self.token_numbers = torch.empty(0, dtype=torch.int64)
         self._tp_rank = tp_rank
-        self._coming: Iterator[MicroBatch] = iter(())
-        model.register_forward_pre_hook(self._next)
-        for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+        # Each pipeline stage sees them in order, but stages not at the same time.
+        self._coming: dict[nn.Module, Iterator[MicroBatch]] = {chunk: iter(()) for chunk in model_chunks}
+        for chunk in model_chunks:
+            chunk.register_forward_pre_hook(self._next)
+        for router in routers_of(model_chunks):
             router.register_forward_hook(self._add)
 
     def _add(self, router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -291,11 +310,11 @@ class Choices:
 
     def follow(self, batches: list[MicroBatch]) -> None:
         """The micro-batches that the model will read next."""
-        self._coming = iter(batches)
+        self._coming = {chunk: iter(batches) for chunk in self._coming}
 
     def _next(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if model.training:
-            self.token_numbers = next(self._coming)["token_numbers"]
+            self.token_numbers = next(self._coming[model])["token_numbers"]
 
     def of_step(self) -> int:
         """The number of the step that ends; collective."""
@@ -311,9 +330,9 @@ def reference(layout: Layout, steps: int) -> Result:
     model = build_gpt(transformer_config(layout.model), gpt_config(layout.model), VOCABULARY, SEQUENCE)
     model.to_empty(device="cpu")
     initialize_parameters(model, SEED)
-    for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+    for router in routers_of(model):
         router.reset_buffers()
-    choices = Choices(model)
+    choices = Choices([model])
     parameters = dict(model.named_parameters())
     decayed = [p for name, p in parameters.items() if p.dim() > 1 and "bias" not in name]
     others = [p for name, p in parameters.items() if p.dim() == 1 or "bias" in name]
@@ -378,6 +397,8 @@ def initialize(layout: Layout) -> None:
     """The groups of a layout."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=transformer_config(layout).virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.cp,
         hierarchical_context_parallel_sizes=None if layout.hierarchy is None else list(layout.hierarchy),
         expert_model_parallel_size=layout.ep,
@@ -391,43 +412,38 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
     initialize(layout)
     with mutation(broken):
         model, optimizer = build(layout)
+        names = names_read(model)
         choices = Choices(model, parallel_state.get_tensor_model_parallel_rank())
         tp_group = parallel_state.get_tensor_model_parallel_group()
         dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         cp_group = parallel_state.get_context_parallel_group()
+        pp_group = parallel_state.get_pipeline_model_parallel_group()
         dp_rank = parallel_state.get_data_parallel_rank()
+        how: dict[str, Any] = {"dp_cp_group": dp_cp_group}
+        how["forward_backward_func"] = get_forward_backward_func(transformer_config(layout))
+        loss: dict[str, Any] = {"cp_group": cp_group, "per_token_loss": layout.per_token_loss}
 
-        first = micro_batches(layout, 0, dp_rank)
+        first = micro_batches(layout, 0, dp_rank, names)
         choices.follow(first)
-        forward_backward(
-            model, optimizer, first, dp_cp_group=dp_cp_group, cp_group=cp_group, per_token_loss=layout.per_token_loss
-        )
+        forward_backward(model, optimizer, first, **how, **loss)
         finalize_model_grads(model, tp_group)
-        gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        gradients, untied = _of_pipeline(model, lambda parameter: parameter.grad)
 
         choices.total.zero_()
         outputs, chosen = [], []
         for step in range(steps):
             if layout.evaluated:
-                held_out: Any = _HeldOut(layout, dp_rank)
-                evaluate(model, held_out, iterations=2, num_microbatches=layout.accumulation, dp_cp_group=dp_cp_group)
-            batches = micro_batches(layout, step, dp_rank)
-            choices.follow(batches)
-            outputs.append(
-                train_step(
-                    model,
-                    optimizer,
-                    batches,
-                    tp_group=tp_group,
-                    dp_cp_group=dp_cp_group,
-                    cp_group=cp_group,
-                    per_token_loss=layout.per_token_loss,
+                held_out: Any = _HeldOut(layout, dp_rank, names)
+                evaluate(
+                    model, held_out, iterations=2, num_microbatches=layout.accumulation, pp_group=pp_group, **how
                 )
-            )
+            batches = micro_batches(layout, step, dp_rank, names)
+            choices.follow(batches)
+            outputs.append(train_step(model, optimizer, batches, tp_group=tp_group, pp_group=pp_group, **how, **loss))
             chosen.append(choices.of_step())
-        weights = {name: whole(p) for name, p in model.named_parameters()}
+        weights, still_untied = _of_pipeline(model, lambda parameter: parameter)
     if broken is None:
-        # T4: only rank 0 reports, so the others' copies of replicated parameters are compared here, bit for bit.
+        # T4, T33: only rank 0 reports, so the others' copies of replicated parameters are compared here, bit for bit.
         verify_replicas(
             model,
             tp_group,
@@ -435,18 +451,45 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
             parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
             dp_cp_group,
+            parallel_state.get_embedding_group(check_initialized=False),
         )
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]
-    return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights, chosen)
+    return Result(
+        losses[0], outputs[0].grad_norm.item(), gradients, losses, weights, chosen, untied + still_untied
+    )
+
+
+def _of_pipeline(
+    model_chunks: list[nn.Module], get: Callable[[nn.Parameter], Tensor | None]
+) -> tuple[dict[str, Tensor], int]:
+    """A tensor of each parameter of all stages, whole, by name, and how many copies do not equal their original.
+
+    Collective.
+    """
+    own: dict[str, Tensor] = {}
+    for chunk in model_chunks:
+        for name, parameter in chunk.named_parameters():
+            tensor = get(parameter)
+            if tensor is not None:
+                own[name] = whole(tensor)
+    copies = copies_of(model_chunks)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group_size(group) > 1:
+        gathered: list[Any] = [None] * group_size(group)
+        torch.distributed.all_gather_object(gathered, (own, copies), group=group)
+        own = {name: tensor for tensors, _ in gathered for name, tensor in tensors.items()}
+        copies = {name: original for _, found in gathered for name, original in found.items()}
+    unequal = sum(not torch.equal(own.pop(name), own[original]) for name, original in copies.items())
+    return own, unequal
 
 
 class _HeldOut:
     """Two global batches that training does not see."""
 
-    def __init__(self, layout: Layout, dp_rank: int) -> None:
-        self._batches = (micro_batches(layout, step, dp_rank) for step in (100, 101))
+    def __init__(self, layout: Layout, dp_rank: int, names: Collection[str]) -> None:
+        self._batches = (micro_batches(layout, step, dp_rank, names) for step in (100, 101))
 
     def next_global_batch(self, num_microbatches: int) -> list[MicroBatch]:
         return next(self._batches)
@@ -455,23 +498,27 @@ class _HeldOut:
 def train_and_evaluate(rank: int, world_size: int, layout: Layout, evaluating: bool) -> tuple[list[float], list[float]]:
     """Losses of two steps with dropout, and the held-out loss before each of them if `evaluating`."""
     initialize(layout)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     dp_rank = parallel_state.get_data_parallel_rank()
     model, optimizer = build(layout, dropout=0.1)
     set_random_seed(SEED)
+    names = names_read(model)
+    how: dict[str, Any] = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "pp_group": parallel_state.get_pipeline_model_parallel_group(),
+        "forward_backward_func": get_forward_backward_func(transformer_config(layout)),
+    }
     losses, held_out = [], []
     for step in range(2):
         if evaluating:
-            stream: Any = _HeldOut(layout, dp_rank)
-            mean = evaluate(model, stream, iterations=2, num_microbatches=layout.accumulation, dp_cp_group=dp_cp_group)
-            held_out.append(mean)
-        batches = micro_batches(layout, step, dp_rank)
-        losses.append(train_step(model, optimizer, batches, tp_group=tp_group, dp_cp_group=dp_cp_group).loss.item())
+            stream: Any = _HeldOut(layout, dp_rank, names)
+            held_out.append(evaluate(model, stream, iterations=2, num_microbatches=layout.accumulation, **how))
+        batches = micro_batches(layout, step, dp_rank, names)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        losses.append(train_step(model, optimizer, batches, tp_group=tp_group, **how).loss.item())
     return losses, held_out
 
 
-def build(layout: Layout, dropout: float = 0.0) -> tuple[nn.Module, MegatronOptimizer]:
+def build(layout: Layout, dropout: float = 0.0) -> tuple[list[nn.Module], MegatronOptimizer]:
     """The model at this rank of a layout, and its SGD optimizer."""
     ddp = DistributedDataParallelConfig(
         data_parallel_sharding_strategy=layout.strategy, num_distributed_optimizer_instances=layout.replicas
@@ -487,8 +534,9 @@ def build(layout: Layout, dropout: float = 0.0) -> tuple[nn.Module, MegatronOpti
     )
     if layout.compiled:
         torch.compiler.reset()  # what other tests compiled in this process counts towards torch's limit
-        for layer in model.decoder.layers.values():  # type: ignore[union-attr, operator]
-            layer.compile(fullgraph=True, backend="aot_eager")
+        for chunk in model:
+            for layer in chunk.decoder.layers.values():  # type: ignore[union-attr, operator]
+                layer.compile(fullgraph=True, backend="aot_eager")
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, clip_grad=CLIP
@@ -528,5 +576,6 @@ def deviations(actual: Result, expected: Result) -> dict[str, float]:
         ),
         "losses": max(abs(a / e - 1.0) for a, e in zip(actual.losses, expected.losses, strict=True)),
         "weights": max(relative_error(actual.weights[n], w) for n, w in expected.weights.items()),
+        "tied": actual.untied,
         "choices": sum(a != e for a, e in zip(actual.choices, expected.choices, strict=True)),
     }

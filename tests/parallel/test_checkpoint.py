@@ -68,7 +68,7 @@ def build(layout: Layout, dropout: float = 0.0) -> tuple[nn.Module, MegatronOpti
     model_parallel_cuda_manual_seed(SEED)
     config = transformer_config(layout)
     config.hidden_dropout = config.attention_dropout = dropout
-    model = build_model(
+    (model,) = build_model(
         config,
         gpt_config(layout),
         DistributedDataParallelConfig(

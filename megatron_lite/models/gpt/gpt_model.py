@@ -1,6 +1,7 @@
 """GPTModel: embedding, decoder, and the output layer with the loss."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from megatron_lite.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.tensor_parallel.parameters import declare_parameter, local, named_parameter_specs
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.rope import RotaryEmbedding, YarnScaling
 from megatron_lite.transformer.transformer_block import TransformerBlock
 from megatron_lite.transformer.transformer_config import TransformerConfig
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 
 class GPTModel(MegatronModule):
@@ -120,6 +123,16 @@ class GPTModel(MegatronModule):
                 skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
                 tp_group=self.tp_group,
             )
+            if share_embeddings_and_output_weights and not pre_process:
+                self._declare_copy_of_embeddings()
+
+    def _declare_copy_of_embeddings(self) -> None:
+        """The embedding is in another pipeline stage: the output layer has a copy, kept equal by the training step."""
+        spec = named_parameter_specs(self.output_layer)["weight"]
+        init_method = self.config.embedding_init_method
+        assert init_method is not None, "TransformerConfig derives embedding_init_method"
+        copy = replace(spec, init_method=init_method, copy_of=WORD_EMBEDDINGS)
+        declare_parameter(self.output_layer, "weight", copy)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The weight [V/tp, h] (DTensor or tensor, as stored) that the output layer multiplies with."""
@@ -131,7 +144,7 @@ class GPTModel(MegatronModule):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -145,7 +158,7 @@ class GPTModel(MegatronModule):
         Under context parallelism s counts the tokens of this rank, everywhere; get_batch_on_this_cp_rank splits.
 
         Args:
-            input_ids: [b, s].
+            input_ids: [b, s]; not read where pre_process is False.
             position_ids: [b, s], counted in whole sequences.
             attention_mask: None (causal), or bool broadcastable to [b, 1, s, s], True where attention is forbidden.
             labels: [b, s] the tokens to predict; -100 is ignored.
@@ -169,6 +182,7 @@ class GPTModel(MegatronModule):
                 "build the model with sequence_parallel=False, its weights are the same."
             )
         if self.pre_process:
+            assert input_ids is not None, "a part of the model with the embedding needs input_ids"
             hidden = self.embedding(input_ids, position_ids)
         else:
             assert decoder_input is not None, "a part of the model without embedding needs decoder_input"
@@ -177,7 +191,7 @@ class GPTModel(MegatronModule):
         self._prepare(packed_seq_params)
         hidden = self.decoder(hidden, attention_mask, rotary, inference_context, packed_seq_params)
         if inference_context is not None:
-            inference_context.advance(input_ids.size(1))
+            inference_context.advance(position_ids.size(1))
         if not self.post_process:
             return hidden
         return self._logits(hidden) if labels is None else self._loss(hidden, labels, loss_mask)

@@ -34,7 +34,8 @@ class _Attach(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.shape, ctx.dtype, ctx.device = loss.shape, loss.dtype, loss.device
-        return x.view_as(x)
+        # A copy (of a few numbers a token): a view would be refused where a pipeline splits the backward pass.
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_lite.config_field import knob
 from megatron_lite.errors import ConfigError
-from megatron_lite.model_parallel_config import ModelParallelConfig
+from megatron_lite.pipeline_parallel.config import PipelineConfig
 from megatron_lite.transformer.moe.moe_rules import moe_violations
 
 BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
@@ -12,7 +12,7 @@ LOAD_BALANCING_TYPES = (*BALANCE_LOSSES, "sinkhorn", "none")
 
 
 @dataclass
-class MoEConfig(ModelParallelConfig):
+class MoEConfig(PipelineConfig):
     """Experts, router, balance and dispatch. Field names and defaults are Megatron's.
 
     Symbols used in docstrings: E = num_moe_experts, k = moe_router_topk, t = tokens.

@@ -8,9 +8,12 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_lite.model_chunks import ModelChunks, as_chunks
+from megatron_lite.process_groups import group_size
 from megatron_lite.transformer.moe.load_balancing import sum_over
 
 if TYPE_CHECKING:
@@ -60,15 +63,15 @@ def record(router: "TopKRouter", counts: Tensor, entropy: Tensor, losses: dict[s
     router.sums += torch.stack(values)
 
 
-def routers_of(model: nn.Module) -> "list[TopKRouter]":
-    """All routers of a model, in order."""
+def routers_of(model: ModelChunks) -> "list[TopKRouter]":
+    """All routers of a model, or of the chunks on this rank, in order."""
     from megatron_lite.transformer.moe.router import TopKRouter  # the router uses this module
 
-    return [module for module in model.modules() if isinstance(module, TopKRouter)]
+    return [module for chunk in as_chunks(model) for module in chunk.modules() if isinstance(module, TopKRouter)]
 
 
 @torch.no_grad()
-def collect(model: nn.Module, group: ProcessGroup | None) -> dict[str, float]:
+def collect(model: ModelChunks, group: ProcessGroup | None, pp_group: ProcessGroup | None = None) -> dict[str, float]:
     """Statistics of all MoE layers since the last call, equal on all ranks and at every layout; the sums start anew.
 
     (`global_load_balancing_loss`, as the loss itself, at layouts with equal data parallel x micro-batch size.)
@@ -81,33 +84,46 @@ def collect(model: nn.Module, group: ProcessGroup | None) -> dict[str, float]:
     all experts, in nats; at most log E).
 
     Args:
-        model: with routers, or without (no communication then).
+        model: with routers, or without (no communication then, unless there is a pipeline).
         group: all ranks that hold the same layers: tensor x data x context parallel.
+        pp_group: the ranks of this pipeline, which hold different layers; None stands for this rank alone.
 
     Returns:
-        an empty dict where there are no routers, or nothing was recorded. One all-reduce, one copy to the host.
+        an empty dict where there are no routers, or nothing was recorded. One all-reduce, one copy to the host, and
+        with a pipeline a gather of numbers.
     """
-    routers = routers_of(model)
+    layers = _own_layers(routers_of(model), group)
+    if group_size(pp_group) > 1:
+        gathered: list[dict[int, dict[str, float]]] = [{} for _ in range(group_size(pp_group))]
+        dist.all_gather_object(gathered, layers, group=pp_group)
+        everywhere = {index: layer for held in gathered for index, layer in held.items()}
+        layers = {index: everywhere[index] for index in sorted(everywhere)}
+    names = {name: None for layer in layers.values() for name in layer}  # a dict keeps their order
+    means = {}
+    for name in names:
+        values = [layer[name] for layer in layers.values() if name in layer]
+        means[name] = math.fsum(values) / len(values)
+    each = {
+        f"moe/{name.removeprefix('moe_')}_layer_{index}": value
+        for index, layer in layers.items()
+        for name, value in layer.items()
+    }
+    return means | each
+
+
+def _own_layers(routers: "list[TopKRouter]", group: ProcessGroup | None) -> dict[int, dict[str, float]]:
+    """The statistics of each of these layers by its index, which are none where nothing was recorded."""
     if not routers:
         return {}
     rows = torch.stack([torch.cat([one.sums, one.tokens_per_expert.to(torch.float64)]) for one in routers])
     for router in routers:
         router.sums.zero_()
         router.tokens_per_expert.zero_()
-    layers = [_of_layer(router, row) for router, row in zip(routers, sum_over(rows, group).tolist(), strict=True)]
-    if not any(layers):
-        return {}
-    names = {name: None for layer in layers for name in layer}  # a dict keeps their order
-    means = {}
-    for name in names:
-        values = [layer[name] for layer in layers if name in layer]
-        means[name] = math.fsum(values) / len(values)
-    each = {
-        f"moe/{name.removeprefix('moe_')}_layer_{_index(router, position)}": value
-        for position, (router, layer) in enumerate(zip(routers, layers, strict=True))
-        for name, value in layer.items()
+    summed = sum_over(rows, group).tolist()
+    return {
+        _index(router, position): _of_layer(router, row)
+        for position, (router, row) in enumerate(zip(routers, summed, strict=True))
     }
-    return means | each
 
 
 def _index(router: "TopKRouter", position: int) -> int:
@@ -127,7 +143,7 @@ def _of_layer(router: "TopKRouter", row: list[float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def update_expert_bias(model: nn.Module, group: ProcessGroup | None) -> None:
+def update_expert_bias(model: ModelChunks, group: ProcessGroup | None) -> None:
     """After each optimizer step: raise the bias of experts with fewer tokens than the mean, lower the others'.
 
     bias += rate * sign(mean count - count), counts of the step's training forwards summed over `group` (Wang et al.

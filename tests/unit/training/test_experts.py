@@ -38,7 +38,7 @@ def small_model(**changes) -> nn.Module:
         moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid",
     )  # fmt: skip
     ddp = DistributedDataParallelConfig()
-    return setup.build_model(
+    (model,) = setup.build_model(
         config,
         GPTModelConfig(),
         ddp,
@@ -48,6 +48,7 @@ def small_model(**changes) -> nn.Module:
         seed=1,
         **changes,
     )
+    return model
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])

@@ -1,0 +1,107 @@
+"""In which order each pipeline rank works: the schedules, as lists of actions.
+
+An action is torch's: stage, kind (F forward, B backward, or I and W for its two halves, the gradients of activations
+and of weights) and micro-batch. The interleaved and zero-bubble orders are torch's own, made for a number of
+micro-batches that they accept and then freed of those there are not: what is left still waits for nothing later.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch.distributed.pipelining import (
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, _Action
+
+from megatron_lite.pipeline_parallel.layout import PipelineLayout
+
+Order = dict[int, list[_Action]]
+"""The actions of each pipeline rank. One that torch calls OVERLAP_F_B holds two that may be done together."""
+
+_TORCH = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "interleaved-zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+def pipeline_order(schedule: str, layout: PipelineLayout, num_microbatches: int) -> Order:
+    """What each rank does, first to last, in one step.
+
+    Args:
+        schedule: one of SCHEDULES.
+        layout: how many stages there are, and where.
+        num_microbatches: any number from 1 on.
+    """
+    if schedule == "gpipe":
+        return {rank: _fill_and_drain(layout.stages_of(rank), num_microbatches) for rank in range(layout.ranks)}
+    if schedule == "1f1b":
+        return {rank: _one_forward_one_backward(rank, layout.ranks, num_microbatches) for rank in range(layout.ranks)}
+    made = _TORCH[schedule](_stand_ins(layout), _accepted(schedule, layout, num_microbatches))  # type: ignore[arg-type]
+    return {rank: _without_missing(actions, num_microbatches) for rank, actions in made.pipeline_order.items()}
+
+
+def forward_order(layout: PipelineLayout, num_microbatches: int) -> Order:
+    """An evaluation: every stage sees every micro-batch, nothing goes back.
+
+    As many micro-batches as there are ranks go through a stage before the rank turns to its next one, so that all work.
+    """
+    numbers = range(num_microbatches)
+    blocks = [numbers[start : start + layout.ranks] for start in range(0, num_microbatches, layout.ranks)]
+    return {
+        rank: [_Action(stage, FORWARD, n) for block in blocks for stage in layout.stages_of(rank) for n in block]
+        for rank in range(layout.ranks)
+    }
+
+
+def _fill_and_drain(stages: list[int], num_microbatches: int) -> list[_Action]:
+    """GPipe (Huang et al. 2019): all micro-batches forward, then all backward, one stage after the other."""
+    numbers = range(num_microbatches)
+    forward = [_Action(stage, FORWARD, n) for stage in stages for n in numbers]
+    return forward + [_Action(stage, FULL_BACKWARD, n) for stage in reversed(stages) for n in numbers]
+
+
+def _one_forward_one_backward(rank: int, ranks: int, num_microbatches: int) -> list[_Action]:
+    """PipeDream-Flush (Narayanan et al. 2021): at most ranks - rank micro-batches under way at a time."""
+    ahead = min(ranks - 1 - rank, num_microbatches)
+    forward = [_Action(rank, FORWARD, n) for n in range(num_microbatches)]
+    backward = [_Action(rank, FULL_BACKWARD, n) for n in range(num_microbatches)]
+    steady = [action for pair in zip(forward[ahead:], backward, strict=False) for action in pair]
+    return forward[:ahead] + steady + backward[num_microbatches - ahead :]
+
+
+def _accepted(schedule: str, layout: PipelineLayout, num_microbatches: int) -> int:
+    """The next number of micro-batches for which torch makes the schedule."""
+    if schedule == "dualpipev":
+        return max(num_microbatches, len(layout.stages))
+    if schedule == "zbv":
+        return num_microbatches
+    accepted = num_microbatches
+    while accepted % max(1, accepted // layout.ranks):
+        accepted += 1
+    return accepted
+
+
+def _stand_ins(layout: PipelineLayout) -> list[Any]:
+    """What torch's schedules ask of the stages of a rank in order to make an order, without processes or modules."""
+    module = SimpleNamespace()
+    return [
+        SimpleNamespace(group_size=layout.ranks, group_rank=0, num_stages=len(layout.stages), submod=module)
+        for _ in range(layout.stages_per_rank)
+    ]
+
+
+def _without_missing(actions: list[_Action | None], num_microbatches: int) -> list[_Action]:
+    """The actions on micro-batches that exist; None, where torch draws a rank waiting, is left out."""
+    kept = []
+    for action in actions:
+        if action is None:
+            continue
+        pair = (action,) if action.sub_actions is None else action.sub_actions
+        existing = [a for a in pair if a.microbatch_index is not None and a.microbatch_index < num_microbatches]
+        kept += [action] if len(existing) == len(pair) else existing
+    return kept

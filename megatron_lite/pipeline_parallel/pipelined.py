@@ -1,0 +1,170 @@
+"""Forward and backward of a step, pipelined over ranks by torch.distributed.pipelining.
+
+torch sends activations and gradients between stages and runs the actions of an order (orders.py). Between steps
+nothing is kept but the stages' buffers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+
+from megatron_lite.distributed.data_parallel import accumulate_gradients, begin_pipelined_step, reduce_gradients
+from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
+from megatron_lite.pipeline_parallel.orders import Order, forward_order, pipeline_order
+from megatron_lite.pipeline_parallel.schedules import ForwardStep, LossFunc, MicroBatch
+from megatron_lite.transformer.transformer_config import TransformerConfig
+
+
+class PipelinedForwardBackward:
+    """The schedule of a pipeline; see ForwardBackward. Keeps what it prepared for each number of micro-batches."""
+
+    def __init__(self, config: TransformerConfig, pp_group: ProcessGroup) -> None:
+        self.config, self.group = config, pp_group
+        self.layout = config.pipeline_layout
+        self._prepared: dict[tuple[Any, ...], _Schedule] = {}
+
+    def __call__(
+        self,
+        forward_step: ForwardStep,
+        model_chunks: Sequence[nn.Module],
+        micro_batches: Sequence[MicroBatch],
+        loss_func: LossFunc,
+        *,
+        forward_only: bool = False,
+    ) -> None:
+        """As ForwardBackward says."""
+        schedule = self._schedule(model_chunks, micro_batches, forward_only)
+        numbers = torch.arange(len(micro_batches), device="cpu")
+        for stage in schedule.stages:
+            stage.submod.begin(forward_step, micro_batches)
+        schedule.loss_func = loss_func
+        if forward_only:
+            schedule.eval(numbers, target=numbers, number=numbers)
+        else:
+            for chunk in model_chunks:
+                begin_pipelined_step(chunk)
+            schedule.step(numbers, target=numbers, return_outputs=False, number=numbers)
+            for chunk in model_chunks:
+                reduce_gradients(chunk)
+        for stage in schedule.stages:
+            stage.release()
+
+    def _schedule(
+        self, model_chunks: Sequence[nn.Module], micro_batches: Sequence[MicroBatch], forward_only: bool
+    ) -> "_Schedule":
+        positions = micro_batches[0]["position_ids"]
+        key = (len(micro_batches), tuple(positions.shape), forward_only)
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(model_chunks, len(micro_batches), positions, forward_only)
+        return self._prepared[key]
+
+    def _prepare(
+        self, model_chunks: Sequence[nn.Module], num_microbatches: int, positions: Tensor, forward_only: bool
+    ) -> "_Schedule":
+        """Stages around the chunks, with the shapes of what they send, and the order of their work."""
+        config, layout = self.config, self.layout
+        batch, length = positions.shape
+        if config.sequence_parallel:
+            length //= config.tensor_model_parallel_size
+        dtype = torch.float32 if config.fp32_residual_connection else config.params_dtype
+        # Shapes alone: torch makes its buffers from them.
+        hidden = torch.empty(length, batch, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        number = torch.empty(1, dtype=torch.int64, device="meta")
+        of_losses = torch.float64 if config.params_dtype == torch.float64 else torch.float32
+        losses = torch.empty(positions.shape, dtype=of_losses, device="meta", requires_grad=True)
+        last = len(layout.stages) - 1
+        stages = [
+            _Stage(
+                _ChunkOfMicroBatch(chunk),
+                stage,
+                last + 1,
+                positions.device,
+                input_args=number if stage == 0 else hidden,
+                output_args=losses if stage == last else hidden,
+                group=self.group,
+                dw_builder=None if self._splits_backward(model_chunks) else _nothing_left,
+            )
+            for stage, chunk in zip(layout.stages_of(self.group.rank()), model_chunks, strict=True)
+        ]
+        order = (
+            forward_order(layout, num_microbatches)
+            if forward_only
+            else pipeline_order(config.schedule, layout, num_microbatches)
+        )
+        return _Schedule(stages, num_microbatches, order)
+
+    def _splits_backward(self, model_chunks: Sequence[nn.Module]) -> bool:
+        """Whether the gradients of weights are computed apart.
+
+        Not where torch would have to compute activations twice for it (recomputation), nor where a compiled layer
+        gives both kinds of gradients in one piece: there all is computed with the gradients of the activations.
+        """
+        compiled = any(module._compiled_call_impl for chunk in model_chunks for module in chunk.modules())
+        return self.config.schedule in SPLIT_BACKWARD and self.config.recompute_granularity is None and not compiled
+
+
+class _ChunkOfMicroBatch(nn.Module):
+    """A model chunk as torch's stages call it: with the number of a micro-batch instead of what is in it.
+
+    So nothing but activations goes through torch's schedules, which split and merge what they are given.
+    """
+
+    def __init__(self, chunk: nn.Module) -> None:
+        super().__init__()
+        self.chunk = chunk
+        self._forward_step: ForwardStep | None = None
+        self._micro_batches: Sequence[MicroBatch] = ()
+
+    def begin(self, forward_step: ForwardStep | None, micro_batches: Sequence[MicroBatch]) -> None:
+        """What the next step runs, and on what."""
+        self._forward_step, self._micro_batches = forward_step, micro_batches
+
+    def forward(self, received: Tensor, number: Tensor) -> Tensor:
+        """`received`: hidden states [s, b, h]; of no meaning in the first stage. `number`: [1], on the CPU."""
+        assert self._forward_step is not None
+        decoder_input = None if self.chunk.pre_process else received
+        output = self._forward_step(self.chunk, self._micro_batches[int(number)], decoder_input)
+        # Schedules that split the backward detach outputs in place, which is not allowed on a view.
+        return output.clone() if output._is_view() else output
+
+
+class _Stage(PipelineStage):
+    """torch's stage, for gradients that FSDP2 accumulates in the dtype they are reduced in."""
+
+    submod: _ChunkOfMicroBatch
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """The gradients of weights, added up in the dtype they are reduced in as after a whole backward."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        accumulate_gradients(self.submod.chunk)
+
+    def release(self) -> None:
+        """Forget the micro-batches."""
+        self.clear_runtime_states()
+        self.submod.begin(None, ())
+
+
+class _Schedule(_PipelineScheduleRuntime):
+    """torch's runtime with the order of work given."""
+
+    def __init__(self, stages: list[_Stage], num_microbatches: int, order: Order) -> None:
+        super().__init__(stages, num_microbatches, loss_fn=self._loss, scale_grads=False)
+        self.stages = stages
+        self.loss_func: LossFunc | None = None
+        self.pipeline_order = {rank: list(actions) for rank, actions in order.items()}
+        # Checks that each stage is on one rank and does everything once, and puts sends and receives in.
+        self._prepare_schedule_with_comms(self.pipeline_order)
+
+    def _loss(self, output: Tensor, number: Tensor) -> Tensor:
+        assert self.loss_func is not None
+        return self.loss_func(int(number), output)
+
+
+def _nothing_left() -> Callable[[], None]:
+    """For a stage whose weights get their gradients with the activations: what is left to do later."""
+    return lambda: None
