@@ -14,7 +14,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, _Action
+from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, RECV_F, SEND_F, _Action
 
 from megatron_lite.pipeline_parallel.layout import PipelineLayout
 
@@ -45,17 +45,10 @@ def pipeline_order(schedule: str, layout: PipelineLayout, num_microbatches: int)
     return {rank: _without_missing(actions, num_microbatches) for rank, actions in made.pipeline_order.items()}
 
 
-def forward_order(layout: PipelineLayout, num_microbatches: int) -> Order:
-    """An evaluation: every stage sees every micro-batch, nothing goes back.
-
-    As many micro-batches as there are ranks go through a stage before the rank turns to its next one, so that all work.
-    """
-    numbers = range(num_microbatches)
-    blocks = [numbers[start : start + layout.ranks] for start in range(0, num_microbatches, layout.ranks)]
-    return {
-        rank: [_Action(stage, FORWARD, n) for block in blocks for stage in layout.stages_of(rank) for n in block]
-        for rank in range(layout.ranks)
-    }
+def forward_actions(actions: list[_Action]) -> list[_Action]:
+    """What is left of a rank's work in an evaluation, sends and receives included: nothing goes back."""
+    single = [one for action in actions for one in action.sub_actions or (action,)]
+    return [action for action in single if action.computation_type in (FORWARD, SEND_F, RECV_F)]
 
 
 def _fill_and_drain(stages: list[int], num_microbatches: int) -> list[_Action]:

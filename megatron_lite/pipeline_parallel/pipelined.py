@@ -4,7 +4,7 @@ torch sends activations and gradients between stages and runs the actions of an 
 nothing is kept but the stages' buffers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
 from megatron_lite.distributed.data_parallel import accumulate_gradients, begin_pipelined_step, reduce_gradients
 from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
-from megatron_lite.pipeline_parallel.orders import Order, forward_order, pipeline_order
+from megatron_lite.pipeline_parallel.orders import Order, forward_actions, pipeline_order
 from megatron_lite.pipeline_parallel.schedules import ForwardStep, LossFunc, MicroBatch
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
@@ -91,12 +91,8 @@ class PipelinedForwardBackward:
             )
             for stage, chunk in zip(layout.stages_of(self.group.rank()), model_chunks, strict=True)
         ]
-        order = (
-            forward_order(layout, num_microbatches)
-            if forward_only
-            else pipeline_order(config.schedule, layout, num_microbatches)
-        )
-        return _Schedule(stages, num_microbatches, order)
+        order = pipeline_order(config.schedule, layout, num_microbatches)
+        return _Schedule(stages, num_microbatches, order, forward_only)
 
     def _splits_backward(self, model_chunks: Sequence[nn.Module]) -> bool:
         """Whether the gradients of weights are computed apart.
@@ -134,9 +130,46 @@ class _ChunkOfMicroBatch(nn.Module):
 
 
 class _Stage(PipelineStage):
-    """torch's stage, for gradients that FSDP2 accumulates in the dtype they are reduced in."""
+    """torch's stage, with gradients accumulated as FSDP2 does, and with buffers only for what is under way.
+
+    torch makes a buffer for every micro-batch of the step and keeps them all: with many micro-batches that is more
+    memory than the layers' activations. Here one is made when something is received and let go when it has been read.
+    """
 
     submod: _ChunkOfMicroBatch
+
+    def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._prepare_forward_infra(*arguments, **options)
+        self._shape = _let_go(self.args_recv_info)
+        return prepared
+
+    def _prepare_backward_infra(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._prepare_backward_infra(*arguments, **options)
+        self._gradient_shape = _let_go(self.grad_recv_info)
+        return prepared
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """Receive activations into a new buffer."""
+        _make_room(self.args_recv_info[fwd_chunk_id], self._shape, self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """Receive gradients into a new buffer."""
+        if self.has_backward:
+            _make_room(self.grad_recv_info[bwd_chunk_id], self._gradient_shape, self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        """The forward of a micro-batch, whose graph holds from now on what was received."""
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+        _let_go({fwd_chunk_id: self.args_recv_info[fwd_chunk_id]})
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
+        """The backward of a micro-batch, behind which the received gradient is not needed."""
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        if self.has_backward:
+            _let_go({bwd_chunk_id: self.grad_recv_info[bwd_chunk_id]})
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The gradients of weights, added up in the dtype they are reduced in as after a whole backward."""
@@ -149,16 +182,38 @@ class _Stage(PipelineStage):
         self.submod.begin(None, ())
 
 
+def _let_go(received: Mapping[int, Sequence[Any]]) -> Tensor | None:
+    """Free the buffers of micro-batches; returns the shape of one of them, without storage, if there are any."""
+    shape = None
+    for infos in received.values():
+        for info in infos:
+            if not info.is_root_arg and info.buffer is not None:
+                shape = torch.empty_like(info.buffer, device="meta", requires_grad=False)
+                info.buffer = None
+    return shape
+
+
+def _make_room(infos: Sequence[Any], shape: Tensor | None, device: torch.device) -> None:
+    """A new buffer for each thing that will be received."""
+    for info in infos:
+        if not info.is_root_arg and shape is not None:
+            info.buffer = torch.empty_like(shape, device=device)
+
+
 class _Schedule(_PipelineScheduleRuntime):
     """torch's runtime with the order of work given."""
 
-    def __init__(self, stages: list[_Stage], num_microbatches: int, order: Order) -> None:
+    def __init__(self, stages: list[_Stage], num_microbatches: int, order: Order, forward_only: bool) -> None:
         super().__init__(stages, num_microbatches, loss_fn=self._loss, scale_grads=False)
-        self.stages = stages
+        self.stages: list[_Stage] = stages
         self.loss_func: LossFunc | None = None
         self.pipeline_order = {rank: list(actions) for rank, actions in order.items()}
         # Checks that each stage is on one rank and does everything once, and puts sends and receives in.
         self._prepare_schedule_with_comms(self.pipeline_order)
+        if forward_only:
+            self.pipeline_order_with_comms = {
+                rank: forward_actions(actions) for rank, actions in self.pipeline_order_with_comms.items()
+            }
 
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         assert self.loss_func is not None
