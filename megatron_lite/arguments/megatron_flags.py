@@ -24,10 +24,13 @@ NO_EFFECT: dict[str, str] = {
         --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --no-tp-comm-split-ag --disable-tp-comm-split-ag
         --no-tp-comm-split-rs --disable-tp-comm-split-rs --tp-comm-bootstrap-backend= --delay-wgrad-compute
         --use-ring-exchange-p2p --defer-embedding-wgrad-compute --wgrad-deferral-limit=
-        --overlap-p2p-communication-warmup-flush --microbatch-group-size-per-virtual-pipeline-stage=
+        --overlap-p2p-communication-warmup-flush
         --symmetric-ar-type= --tp-comm-overlap-cfg= --no-align-grad-reduce --disable-align-grad-reduce
         --no-overlap-p2p-communication --overlap-grad-reduce --overlap-param-gather
         --overlap-param-gather-with-optimizer-step --no-align-param-gather --create-all-gather-group
+    """,
+    "the order of work of --pipeline-schedule interleaved is torch's, and changes no result": """
+        --microbatch-group-size-per-virtual-pipeline-stage=
     """,
     "fused kernels are chosen automatically, and never change the result": """
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native --disable-bf16-reduced-precision-matmul
@@ -155,11 +158,6 @@ REFUSED: dict[str, str] = {
         --cpu-offloading-num-layers=0 --fine-grained-activation-offloading --offload-modules=*
         --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks= --activation-offload-fraction=
         --fine-grained-offloading-max-inflight-offloads=
-    """,
-    "splitting layers into pipeline stages comes in a later version": """
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
-        --decoder-first-pipeline-num-layers= --decoder-last-pipeline-num-layers= --pipeline-model-parallel-layout=
-        --num-layers-per-virtual-pipeline-stage= --num-virtual-stages-per-pipeline-rank=
     """,
     "this attention variant is not implemented": """
         --softmax-type=vanilla --qk-l2-norm --qk-clip --qk-clip-alpha= --qk-clip-threshold= --attention-output-gate

@@ -8,8 +8,6 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
 from megatron_lite.transformer.transformer_config import divisors, nearest_multiples
 
-NOT_YET = "pipeline parallelism comes in a later version"
-
 
 def all_violations(run: RunConfig) -> list[str]:
     """Every rule the run breaks, inside and between its groups, one sentence each."""
@@ -86,13 +84,6 @@ def _required(run: RunConfig) -> Iterator[str]:
 def _layout(run: RunConfig) -> Iterator[str]:
     sizes, world = run.transformer, run.world_size
     tp, cp, pp = sizes.tensor_model_parallel_size, sizes.context_parallel_size, sizes.pipeline_model_parallel_size
-    if pp > 1 and not run.dry_run:
-        yield f"pipeline_model_parallel_size is {pp}, but {NOT_YET}: write --pipeline-model-parallel-size 1."
-    elif sizes.num_layers % pp:
-        yield (
-            f"num_layers is {sizes.num_layers}, but must be a multiple of pipeline_model_parallel_size ({pp}): use "
-            f"{nearest_multiples(sizes.num_layers, pp)} layers."
-        )
     dense = tp * cp * pp
     if world % dense:
         yield (

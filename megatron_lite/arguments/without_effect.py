@@ -9,6 +9,11 @@ from megatron_lite.transformer.moe.moe_config import BALANCE_LOSSES, MoEConfig
 # What must hold, in words and as a question -> the fields that are read only then.
 CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...] = (
     (
+        "--pipeline-model-parallel-size above 1",
+        lambda run: run.transformer.pipeline_model_parallel_size > 1,
+        ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    ),
+    (
         "--window-size",
         lambda run: run.transformer.window_size is not None,
         ("window_attn_skip_freq",),

@@ -36,6 +36,8 @@ _LETTERS = {FORWARD: "F", FULL_BACKWARD: "B", BACKWARD_INPUT: "I", BACKWARD_WEIG
 StageTimes = Mapping[tuple[int, str], float]
 """(stage, kind) -> time of one such action, in any unit."""
 
+_Work = tuple[int, str, int]  # stage, kind, micro-batch
+
 
 @dataclass(frozen=True)
 class Durations:
@@ -182,7 +184,7 @@ def timeline_of(order: Order, layout: PipelineLayout, times: StageTimes, communi
                     ends[needed] + (communication if rank_of[needed[0]] != rank else 0.0)
                     for needed in _needed_by(work, len(rank_of))
                 ]
-                start = max(free[rank], *arrivals, 0.0)
+                start = max([free[rank], *arrivals])
                 free[rank] = start + times[stage, kind]
                 # Either kind of backward pass gives the gradient that the stage before waits for.
                 ends[stage, "I" if kind == "B" else kind, microbatch] = free[rank]
@@ -191,9 +193,6 @@ def timeline_of(order: Order, layout: PipelineLayout, times: StageTimes, communi
             waiting = {rank: actions[0] for rank, actions in to_do.items() if actions}
             raise ValueError(f"pipeline ranks wait for each other: {waiting} (rank: stage, kind, micro-batch)")
     return Timeline(layout.ranks, tuple(spans))
-
-
-_Work = tuple[int, str, int]  # stage, kind, micro-batch
 
 
 def _one_by_one(actions: Iterable[_Action]) -> Iterator[_Work]:

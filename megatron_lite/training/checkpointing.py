@@ -64,7 +64,10 @@ def make_save_folder(folder: str | None) -> None:
 
 
 def load(
-    config: RunConfig, model_chunks: list[nn.Module], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler | None
+    config: RunConfig,
+    model_chunks: list[nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler | None,
 ) -> Progress:
     """Continue from --load, else start from the weights of --pretrained-checkpoint, else from the initial weights.
 

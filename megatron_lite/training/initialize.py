@@ -134,7 +134,7 @@ def announce(config: RunConfig, device: torch.device) -> None:
     dtype = str(sizes.params_dtype).removeprefix("torch.")
     print_rank_0(
         f"megatron_lite on {config.world_size} ranks ({where}), {dtype}: tensor {sizes.tensor_model_parallel_size}"
-        f"{' with sequence' if sizes.sequence_parallel else ''}{context} {pipeline} x data {config.data_parallel_size} "
+        f"{' with sequence' if sizes.sequence_parallel else ''}{context}{pipeline} x data {config.data_parallel_size} "
         f"({config.ddp.data_parallel_sharding_strategy}){experts}; global batch {config.global_batch_size} sequences "
         f"of {config.data.seq_length} tokens"
     )

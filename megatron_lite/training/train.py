@@ -169,9 +169,7 @@ def read_metrics(run: Run, end_of_interval: bool = False) -> None:
         return
     if end_of_interval:
         token_ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        records[-1].experts = collect(
-            run.model_chunks, token_ranks, parallel_state.get_pipeline_model_parallel_group()
-        )
+        records[-1].experts = collect(run.model_chunks, token_ranks, parallel_state.get_pipeline_model_parallel_group())
     if run.device.type == "cuda" and run.config.logger.log_memory_to_tensorboard:
         records[-1].values["mem-allocated-bytes"] = torch.cuda.memory_allocated(run.device)
         records[-1].values["mem-reserved-bytes"] = torch.cuda.memory_reserved(run.device)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.checkpoint import find_checkpoint, read_common, read_tracker
@@ -18,10 +18,10 @@ from megatron_lite.checkpoint.agreement import agreed, from_rank_zero, largest, 
 from megatron_lite.checkpoint.model_state import compare_names_and_shapes, fill_copies, model_tensors
 from megatron_lite.checkpoint.safe_reader import SafeFileSystemReader, tensor_shapes
 from megatron_lite.checkpoint.tensor_files import read_tensors
+from megatron_lite.model_chunks import ModelChunks
 
 # How a parameter is split is known there; initial values are cut to what a rank stores in the same way.
 from megatron_lite.tensor_parallel.parameters import _shard_of, _shard_of_expert, _stored_experts, local
-from megatron_lite.model_chunks import ModelChunks
 from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.transformer.moe.routing import route, route_by_sinkhorn
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -100,8 +100,8 @@ def upcycle(folder: Path, model_chunks: ModelChunks, config: TransformerConfig) 
     if config.moe_upcycling_granularity > 1:
         _join_virtual_groups(own, config.moe_upcycling_granularity)
     print_rank_0(
-        f" upcycled the dense model of {folder}: the MLPs of {config.num_moe_layers} layers became {config.num_moe_experts} "
-        f"experts each (granularity {config.moe_upcycling_granularity})"
+        f" upcycled the dense model of {folder}: the MLPs of {config.num_moe_layers} layers became "
+        f"{config.num_moe_experts} experts each (granularity {config.moe_upcycling_granularity})"
     )
 
 
