@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,9 +16,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.distributed import wrap_data_parallel
-from megatron_lite.dry_run_memory import Memory, ModelSize, Part, expert_data_parallel_size, memory_of, micro_batches
+from megatron_lite.dry_run_memory import (
+    Memory,
+    ModelSize,
+    Part,
+    activations_of_pipeline,
+    expert_data_parallel_size,
+    joined,
+    memory_of,
+    micro_batches,
+)
 from megatron_lite.errors import ConfigError
-from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
 from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
 from megatron_lite.tensor_parallel.parameters import local, named_parameter_specs
@@ -45,29 +52,19 @@ def describe(run: RunConfig) -> str:
     """
     vocab_size = _vocab_size(run)
     with fake_cluster(run):
-        whole, stage = _models(run, vocab_size)
-        count = count_parameters(whole, run.transformer)
-        padding = (whole.padded_vocab_size - vocab_size) * (run.transformer.hidden_size or 0)
-        padding *= 1 if run.gpt.share_embeddings_and_output_weights else 2
-        shards = {name: local(parameter).numel() for name, parameter in stage.named_parameters()}
-        wrap_data_parallel(
-            stage,
-            run.transformer,
-            run.ddp,
-            parallel_state.get_dense_mesh(),
-            expert_mesh=parallel_state.get_expert_mesh(),
-        )
-        dense, experts = (_part(stage, shards, of_experts) for of_experts in (False, True))
-        size = ModelSize(count.total, count.active, padding, dense, experts)
+        sizes = _sizes_of_pipeline(run, vocab_size)
         layout = list(_layout_lines(run))
-    memory = memory_of(run, size)
+    memories = [memory_of(run, *both) for both in zip(sizes, activations_of_pipeline(run), strict=True)]
+    fullest = max(range(len(memories)), key=lambda rank: memories[rank].total)
+    which = "rank 0" if len(memories) == 1 else f"pipeline rank {fullest}, the fullest"
     sections = {
         f"Layout of {run.world_size:,} rank{'s' if run.world_size > 1 else ''}": layout,
-        "Parameters": list(_parameter_lines(run, size)),
-        "Memory of rank 0": list(_memory_lines(run, memory)),
+        "Pipeline": list(_pipeline_lines(run, sizes, memories)),
+        "Parameters": list(_parameter_lines(run, sizes, fullest)),
+        f"Memory of {which}": list(_memory_lines(run, memories[fullest])),
         "Batch": list(_batch_lines(run)),
     }
-    blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()]
+    blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
     return "\n".join([*run.notices, *blocks])
 
 
@@ -98,16 +95,30 @@ def _vocab_size(run: RunConfig) -> int:
         ) from error
 
 
-def _models(run: RunConfig, vocab_size: int) -> tuple[GPTModel, GPTModel]:
-    """The whole model, of which only names and shapes are used, and what rank 0 has: the first pipeline stage."""
-    length, stages = run.data.seq_length or 0, run.transformer.pipeline_model_parallel_size
-    whole = build_gpt(run.transformer, run.gpt, vocab_size, length)
-    if stages == 1:
-        return whole, whole
-    own = range(run.transformer.num_layers // stages)
-    with torch.device("meta"):
-        first = build_gpt_model(run.transformer, run.gpt, vocab_size, length, post_process=False, layer_indices=own)
-    return whole, first
+def _sizes_of_pipeline(run: RunConfig, vocab_size: int) -> list[ModelSize]:
+    """What a rank of each pipeline stage (or stages) holds; the only one where there is no pipeline.
+
+    This process is rank 0, of the first stage. All others split their parameters in the same way.
+    """
+    layout, length = run.transformer.pipeline_layout, run.data.seq_length or 0
+    meshes = parallel_state.get_dense_mesh(), parallel_state.get_expert_mesh()
+    sizes = []
+    for rank in range(layout.ranks):
+        own = [layout.stages[number] for number in layout.stages_of(rank)]
+        chunks = [build_gpt(run.transformer, run.gpt, vocab_size, length, stage) for stage in own]
+        padding = (chunks[0].padded_vocab_size - vocab_size) * run.transformer.hidden_size
+        tables = sum(chunk.pre_process for chunk in chunks)
+        if not run.gpt.share_embeddings_and_output_weights:
+            tables += sum(chunk.post_process for chunk in chunks)
+        count = count_parameters(chunks, run.transformer)
+        parts = []
+        for chunk in chunks:
+            shards = {name: local(parameter).numel() for name, parameter in chunk.named_parameters()}
+            wrap_data_parallel(chunk, run.transformer, run.ddp, meshes[0], expert_mesh=meshes[1])
+            parts.append([_part(chunk, shards, of_experts) for of_experts in (False, True)])
+        dense, experts = (joined(same) for same in zip(*parts, strict=True))
+        sizes.append(ModelSize(count.total, count.active, padding * tables, dense, experts))
+    return sizes
 
 
 def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
@@ -145,7 +156,7 @@ def _layout_lines(run: RunConfig) -> Iterator[str]:
         name = f"context parallel {sizes.context_parallel_size} by {describe_communication(sizes)}"
         groups.insert(1, (name, parallel_state.get_context_parallel_group()))
     if sizes.pipeline_model_parallel_size > 1:
-        name = f"pipeline parallel {sizes.pipeline_model_parallel_size} (described below: the first stage)"
+        name = f"pipeline parallel {sizes.pipeline_model_parallel_size}"
         groups.insert(0, (name, parallel_state.get_pipeline_model_parallel_group()))
     if sizes.num_moe_experts is not None:
         groups += _expert_groups(run)
@@ -187,20 +198,32 @@ def _company(ranks: list[int]) -> str:
     return f"works with ranks {ranks[0]}, {ranks[1]}, {ranks[2]} ... {ranks[-1]}"
 
 
-def _parameter_lines(run: RunConfig, size: ModelSize) -> Iterator[str]:
-    yield f"whole model: {size.total - size.padding:,}" + (
-        f" (+ {size.padding:,} of vocabulary padding)" if size.padding else ""
+def _pipeline_lines(run: RunConfig, sizes: list[ModelSize], memories: list[Memory]) -> Iterator[str]:
+    """What each pipeline rank holds; nothing without a pipeline."""
+    if len(sizes) == 1:
+        return
+    yield f"schedule {run.transformer.schedule}, {micro_batches(run)} micro-batches (tools/plan.py draws it)"
+    for line, size, memory in zip(run.transformer.pipeline_layout.describe(), sizes, memories, strict=True):
+        yield f"{line}: {size.shard:,} parameters, {memory.total / GIB:.2f} GiB"
+
+
+def _parameter_lines(run: RunConfig, sizes: list[ModelSize], rank: int) -> Iterator[str]:
+    """Of the whole model, and of one pipeline rank."""
+    size, who = sizes[rank], "rank 0" if len(sizes) == 1 else f"pipeline rank {rank}"
+    padding = sum(one.padding for one in sizes)
+    yield f"whole model: {sum(one.total for one in sizes) - padding:,}" + (
+        f" (+ {padding:,} of vocabulary padding)" if padding else ""
     )
     if run.transformer.num_moe_experts is not None:
-        sizes = run.transformer
+        c, active = run.transformer, sum(one.active for one in sizes) - padding
         yield (
-            f"active for a token: {size.active - size.padding:,} ({sizes.moe_router_topk} of {sizes.num_moe_experts} "
-            f"experts in {sizes.num_moe_layers} of {sizes.num_layers} layers)"
+            f"active for a token: {active:,} ({c.moe_router_topk} of {c.num_moe_experts} experts in {c.num_moe_layers} "
+            f"of {c.num_layers} layers)"
         )
     experts = f" ({size.experts.shard:,} of experts)" if size.experts.shard else ""
     stored = f" ({size.experts.stored:,} of experts)" if size.experts.shard else ""
-    yield f"tensor parallel part, computed with by rank 0: {size.shard:,}{experts}"
-    yield f"stored by rank 0 between steps: {size.stored:,}{stored}"
+    yield f"tensor parallel part, computed with by {who}: {size.shard:,}{experts}"
+    yield f"stored by {who} between steps: {size.stored:,}{stored}"
 
 
 def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """Bytes of one rank, worked out from the numbers of parameters and the shape of the activations."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_lite.arguments import RunConfig
+from megatron_lite.transformer.moe.moe_config import is_moe_layer
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,20 @@ class Part:
     in_layers: int = 0
 
 
+def joined(parts: Iterable[Part]) -> Part:
+    """The parts of several model chunks as one."""
+    several = list(parts)
+    return Part(
+        sum(part.shard for part in several),
+        sum(part.stored for part in several),
+        max(part.largest_layer for part in several),
+        sum(part.in_layers for part in several),
+    )
+
+
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameter counts of the whole model and of what one rank is responsible for.
+    """Parameter counts of a model, or of the pipeline stages of a rank, and of what one rank is responsible for.
 
     Attributes:
         total: logical elements, each once, padding of the vocabulary included.
@@ -75,14 +88,15 @@ def expert_data_parallel_size(run: RunConfig) -> int:
     return run.world_size // (etp * sizes.expert_model_parallel_size * sizes.pipeline_model_parallel_size)
 
 
-def memory_of(run: RunConfig, size: ModelSize) -> Memory:
-    """Bytes of one rank under its data parallel strategy.
+def memory_of(run: RunConfig, size: ModelSize, activations: int) -> Memory:
+    """Bytes of one rank under its data parallel strategy, given those of its activations.
 
     Master weights, gradients and optimizer state are as stored. Weights are computed with in `params_dtype`, gathered:
     the whole shard, or under optim_grads_params two layers (one in use, one on its way) and what belongs to no layer.
     Under optim, gradients of several micro-batches also wait whole for their one reduction. A rank that shares its part
     with none (data and context parallel, or expert data parallel) reduces nothing, and has a second copy of the weights
-    only if it computes in another dtype than the masters': then one of all of them, made in the forward pass.
+    only if it computes in another dtype than the masters': then one of all of them, made in the forward pass. Under
+    pipelining weights stay gathered and gradients whole during a step, whatever the strategy.
     """
     main = run.transformer.main_params_dtype.itemsize
     reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
@@ -92,14 +106,15 @@ def memory_of(run: RunConfig, size: ModelSize) -> Memory:
         (size.experts, expert_data_parallel_size(run)),
     )
     gathered = sum(_gathered(run, part, ranks) for part, ranks in parts)
-    waits_whole = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
+    several = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
+    waits_whole = several or (_pipelined(run) and run.ddp.data_parallel_sharding_strategy != "no_shard")
     waiting = sum(part.shard for part, ranks in parts if waits_whole and ranks > 1)
     return Memory(
         master_weights=size.stored * main,
         compute_weights=gathered * run.transformer.params_dtype.itemsize,
         gradients=size.stored * main + waiting * reduce,
         optimizer_state=size.stored * main * moments,
-        activations=activation_bytes(run),
+        activations=activations,
     )
 
 
@@ -107,38 +122,66 @@ def _gathered(run: RunConfig, part: Part, ranks: int) -> int:
     """Elements of a part that exist a second time to compute with; `ranks` share it."""
     if ranks == 1:
         return 0 if run.transformer.main_params_dtype == run.transformer.params_dtype else part.shard
-    if run.ddp.data_parallel_sharding_strategy == "optim_grads_params":
+    if run.ddp.data_parallel_sharding_strategy == "optim_grads_params" and not _pipelined(run):
         return min(part.shard, 2 * part.largest_layer + part.shard - part.in_layers)
     return part.shard
 
 
 def activation_bytes(run: RunConfig) -> int:
-    """Bytes that the layers keep for the backward of one micro-batch, attention as one fused operation.
+    """Bytes that all layers hold for the backward of one micro-batch, at most."""
+    return sum(_activations(run, range(run.transformer.num_layers)))
+
+
+def _activations(run: RunConfig, held: Sequence[int]) -> tuple[int, int]:
+    """Bytes that some layers keep for the backward of one micro-batch, and what that backward makes anew for a while.
+
+    Attention counts as one fused operation.
 
     The tokens are this context parallel rank's part of the sequences, padding included.
     Per token and layer: the inputs of both norms and of the two matrices after them (4 h, split over tensor ranks
     only with sequence parallelism), queries, keys, values and the attention's output, and what the MLP or the experts
     keep. Full recomputation keeps one layer input (h) for each recomputed unit, and one unit's activations while it is
-    recomputed. Of several pipeline stages, the first holds as many micro-batches as there are stages. Left out:
-    dropout masks, the loss (it runs in chunks), and what context parallel ranks have of each other's keys and values.
+    recomputed. Left out: dropout masks, the loss (it runs in chunks), and what context parallel ranks have of each
+    other's keys and values.
+
+    Args:
+        run: shapes, layout and recomputation.
+        held: global indices of the layers, from 0: those of one pipeline stage, for example.
     """
     c = run.transformer
-    tp, stages = c.tensor_model_parallel_size, c.pipeline_model_parallel_size
-    heads = c.kv_channels or 0
+    tp, heads = c.tensor_model_parallel_size, c.kv_channels or 0
     tokens = (run.training.micro_batch_size or 1) * run.padded_sequence_length // c.context_parallel_size
     stream = c.hidden_size / (tp if c.sequence_parallel else 1)
     attention = (2 * c.num_attention_heads + 2 * (c.num_query_groups or 0)) * heads / tp
-    layers, with_experts = float(c.num_layers) / stages, c.num_moe_layers / stages
-    elements = layers * (4 * stream + attention) + (layers - with_experts) * _of_mlp(run)
+    with_experts = sum(is_moe_layer(c, index + 1) for index in held)
+    elements = len(held) * (4 * stream + attention) + (len(held) - with_experts) * _of_mlp(run)
     elements += with_experts * _of_experts(run)
-    if c.recompute_granularity == "full" and c.recompute_num_layers:
-        layer = elements / layers
-        n = min(c.recompute_num_layers, c.num_layers)
+    anew = 0.0
+    if c.recompute_granularity == "full" and c.recompute_num_layers and held:
+        layer = elements / len(held)
+        n = min(c.recompute_num_layers, len(held))
         if c.recompute_method == "uniform":
-            elements = math.ceil(layers / n) * stream + n * layer
+            elements, anew = math.ceil(len(held) / n) * stream, n * layer
         else:
-            elements = n * stream + (layers - n) * layer + layer
-    return int(tokens * elements * c.params_dtype.itemsize) * min(stages, micro_batches(run))
+            elements, anew = n * stream + (len(held) - n) * layer, layer
+    size = tokens * c.params_dtype.itemsize
+    return int(size * elements), int(size * anew)
+
+
+def activations_of_pipeline(run: RunConfig) -> list[int]:
+    """Bytes of activations on each pipeline rank when it holds most, as its schedule goes."""
+    layout = run.transformer.pipeline_layout
+    if layout.ranks == 1:
+        return [activation_bytes(run)]
+    from megatron_lite.pipeline_parallel.orders import most_held, pipeline_order  # half a second
+
+    kept, anew = zip(*(_activations(run, stage.layers) for stage in layout.stages), strict=True)
+    order = pipeline_order(run.transformer.schedule, layout, micro_batches(run))
+    return [most_held(order[rank], kept) + max(anew) for rank in range(layout.ranks)]
+
+
+def _pipelined(run: RunConfig) -> bool:
+    return run.transformer.pipeline_model_parallel_size > 1
 
 
 def _of_mlp(run: RunConfig) -> float:

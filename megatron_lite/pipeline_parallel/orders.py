@@ -5,6 +5,7 @@ and of weights) and micro-batch. The interleaved and zero-bubble orders are torc
 micro-batches that they accept and then freed of those there are not: what is left still waits for nothing later.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, RECV_F, SEND_F, _Action
+from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD, RECV_F, SEND_F, _Action
 
 from megatron_lite.pipeline_parallel.layout import PipelineLayout
 
@@ -47,8 +48,28 @@ def pipeline_order(schedule: str, layout: PipelineLayout, num_microbatches: int)
 
 def forward_actions(actions: list[_Action]) -> list[_Action]:
     """What is left of a rank's work in an evaluation, sends and receives included: nothing goes back."""
-    single = [one for action in actions for one in action.sub_actions or (action,)]
-    return [action for action in single if action.computation_type in (FORWARD, SEND_F, RECV_F)]
+    return [action for action in _one_by_one(actions) if action.computation_type in (FORWARD, SEND_F, RECV_F)]
+
+
+def _one_by_one(actions: list[_Action]) -> list[_Action]:
+    return [single for action in actions for single in action.sub_actions or (action,)]
+
+
+def most_held(actions: list[_Action], of_stages: Sequence[int]) -> int:
+    """The most that a rank holds for backward passes to come at any time of a step.
+
+    Args:
+        actions: of the rank.
+        of_stages: what each stage holds for one micro-batch, from its forward to the end of its backward.
+    """
+    held = most = 0
+    for action in _one_by_one(actions):
+        if action.computation_type == FORWARD:
+            held += of_stages[action.stage_index]
+        elif action.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
+            held -= of_stages[action.stage_index]
+        most = max(most, held)
+    return most
 
 
 def _fill_and_drain(stages: list[int], num_microbatches: int) -> list[_Action]:

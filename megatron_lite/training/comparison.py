@@ -38,6 +38,7 @@ from megatron_lite.transformer.moe.statistics import is_recomputation
 
 TOKENS, LABELS, LOSSES = "the tokens read", "the labels read", "the loss of each token"
 _RECORDED = re.compile(r"embedding|decoder\.layers\.\d+(\.self_attention|\.mlp)?|decoder\.final_layernorm")
+_AROUND_LAYERS = (TOKENS, "embedding", "decoder.layers", "decoder.final_layernorm", LABELS, LOSSES)
 _PADDED = (WORD_EMBEDDINGS, "output_layer.weight")
 
 
@@ -47,14 +48,17 @@ class Precision(NamedTuple):
     Attributes:
         bound: largest relative deviation that is rounding.
         noise: a gradient below this share of the largest one of the model is rounding itself.
-        weights_count: a deviation of weights tells something. Not in low precision: Adam divides a gradient by its size,
-            so an element whose gradient is rounding moves by a whole learning rate, in either direction.
+        weights_count: a deviation of weights tells something. Not in low precision: Adam divides a gradient by its
+            size, so an element whose gradient is rounding moves by a whole learning rate, in either direction.
     """
 
     bound: float
     noise: float
     weights_count: bool
 
+
+WEIGHT_NOISE = 1e-3
+"""A weight below this share of the largest one has grown from a gradient that may be rounding itself, by Adam."""
 
 PRECISIONS = {
     "fp64": Precision(1e-9, 1e-6, True),
@@ -392,7 +396,7 @@ def compare(left: LayoutRecord, right: LayoutRecord, precision: Precision) -> Co
         [name for name in left.initial | right.initial if left.initial.get(name) != right.initial.get(name)],
         [_of_outputs(name, left.outputs.get(name), right.outputs.get(name)) for name in names],
         _of_tensors(left.gradients, right.gradients, precision.noise),
-        _of_tensors(left.weights, right.weights, 0.0),
+        _of_tensors(left.weights, right.weights, WEIGHT_NOISE),
     )
 
 
@@ -400,8 +404,8 @@ def order_of_computation(name: str) -> tuple[int, ...]:
     """Sorts names of outputs in the order in which a token passes them."""
     layer = re.fullmatch(r"decoder\.layers\.(\d+)(\.\w+)?", name)
     if layer is not None:
-        return 2, int(layer[1]), (".self_attention", ".mlp", None).index(layer[2])
-    return ((TOKENS, "embedding", "", "decoder.final_layernorm", LABELS, LOSSES).index(name),)
+        return _AROUND_LAYERS.index("decoder.layers"), int(layer[1]), (".self_attention", ".mlp", None).index(layer[2])
+    return (_AROUND_LAYERS.index(name),)
 
 
 def _steps(left: Sequence[float], right: Sequence[float]) -> Iterator[tuple[int, tuple[float, float]]]:
@@ -428,7 +432,7 @@ def _of_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor], noise: 
     """Largest difference of each tensor, relative to its largest element, or to `noise` times that of all tensors."""
     largest = max((_largest(tensor) for side in (left, right) for tensor in side.values()), default=0.0)
     found = []
-    for name in left | right:
+    for name in dict.fromkeys([*left, *right]):
         ours, theirs = left.get(name), right.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:
             found.append(Deviation(name, math.inf, "one side has none of this shape"))

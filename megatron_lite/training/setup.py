@@ -17,7 +17,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.flops import num_floating_point_operations
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
-from megatron_lite.models.gpt.parameter_count import count_parameters
+from megatron_lite.models.gpt.parameter_count import ParameterCount, count_parameters
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator, build_num_microbatches_calculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler, get_optimizer_param_scheduler
 from megatron_lite.pipeline_parallel import Stage, get_forward_backward_func
@@ -29,6 +29,7 @@ from megatron_lite.training.hooks import build_hooks
 from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.metrics import MetricsBuffer
 from megatron_lite.training.progress import Progress
+from megatron_lite.training.step import sum_over
 from megatron_lite.training.throughput import Throughput, peak_tflops
 from megatron_lite.training.train import Run
 from megatron_lite.training.writers import Writers
@@ -114,16 +115,13 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         seed=config.rng.seed,
         compile_layers=config.training.compile,
     )
-    pipeline = config.transformer.pipeline_model_parallel_size
-    whole = (
-        model_chunks[0]
-        if pipeline == 1
-        else build_gpt(config.transformer, config.gpt, tokenizer.vocab_size, config.sequence_length)
-    )
-    count = count_parameters(whole, config.transformer)
+    own = count_parameters(model_chunks, config.transformer)
+    counts = torch.tensor([own.total, own.experts, own.active], device=device)
+    sum_over(counts, parallel_state.get_pipeline_model_parallel_group())
+    count = ParameterCount(*counts.tolist())
     ways = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": pipeline,
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),

@@ -68,5 +68,5 @@ def test_stages_with_experts_train_resume_and_move(tmp_path):
     chunks = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
     chunks += ["--expert-model-parallel-size", "1"]
     others = {"chunks": (2, chunks), "four": (4, ["--expert-model-parallel-size", "4"])}
-    balance = ("moe_balance", "load_balancing_loss", "moe/moe_entropy_layer_3")
+    balance = ("moe_balance", "load_balancing_loss", "moe/entropy_layer_3")
     train_and_move(tmp_path, EXPERTS, layout, others, (*NUMBERS, *balance))

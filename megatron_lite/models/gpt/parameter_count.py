@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import nn
-
+from megatron_lite.model_chunks import ModelChunks, as_chunks
 from megatron_lite.tensor_parallel.parameters import named_parameter_specs
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
@@ -23,12 +22,16 @@ class ParameterCount:
     active: int
 
 
-def count_parameters(model: nn.Module, config: TransformerConfig) -> ParameterCount:
-    """Count a model, on any device and wrapped or not, of which this process knows all layers."""
-    specs = named_parameter_specs(model)
+def count_parameters(model: ModelChunks, config: TransformerConfig) -> ParameterCount:
+    """Count a model, or the pipeline stages of it that are given, on any device and wrapped or not.
+
+    The copy of tied embeddings in the last stage is not counted: the counts of all stages add up to the model's.
+    """
     total = experts = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        experts += parameter.numel() if specs[name].is_expert else 0
+    for chunk in as_chunks(model):
+        specs = named_parameter_specs(chunk)
+        for name, parameter in chunk.named_parameters():
+            total += 0 if specs[name].copy_of else parameter.numel()
+            experts += parameter.numel() if specs[name].is_expert else 0
     idle = experts - experts * config.moe_router_topk // config.num_moe_experts if config.num_moe_experts else 0
     return ParameterCount(total, experts, total - idle)
