@@ -88,8 +88,8 @@ def expert_data_parallel_size(run: RunConfig) -> int:
     return run.world_size // (etp * sizes.expert_model_parallel_size * sizes.pipeline_model_parallel_size)
 
 
-def memory_of(run: RunConfig, size: ModelSize, activations: int) -> Memory:
-    """Bytes of one rank under its data parallel strategy, given those of its activations.
+def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -> Memory:
+    """Bytes of one rank under its data parallel strategy; those of its activations default to all layers'.
 
     Master weights, gradients and optimizer state are as stored. Weights are computed with in `params_dtype`, gathered:
     the whole shard, or under optim_grads_params two layers (one in use, one on its way) and what belongs to no layer.
@@ -114,7 +114,7 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int) -> Memory:
         compute_weights=gathered * run.transformer.params_dtype.itemsize,
         gradients=size.stored * main + waiting * reduce,
         optimizer_state=size.stored * main * moments,
-        activations=activations,
+        activations=activation_bytes(run) if activations is None else activations,
     )
 
 

@@ -1,10 +1,25 @@
 """Fixtures for all tests."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.parallel.pool import WorkerPool
+
+# Deviations of the layouts that ran in this process, by layout.
+MEASURED: pytest.StashKey[dict[Any, dict[str, float]]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the layout matrix."""
+    parser.addoption("--full-matrix", action="store_true", help="run all layouts of test_layout_matrix.py")
+    parser.addoption("--layout-table", metavar="FILE", help="write their deviations as a Markdown table")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A place for the deviations."""
+    config.stash[MEASURED] = {}
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ class Precision(NamedTuple):
 
     Attributes:
         bound: largest relative deviation that is rounding.
-        noise: a gradient below this share of the largest one of the model is rounding itself.
+        noise: share of the largest gradient of the model to which smaller ones are compared: some are zero, and what is
+            there is rounding (the bias of a key norm moves all scores of a query alike).
         weights_count: a deviation of weights tells something. Not in low precision: Adam divides a gradient by its
             size, so an element whose gradient is rounding moves by a whole learning rate, in either direction.
     """
@@ -57,12 +58,9 @@ class Precision(NamedTuple):
     weights_count: bool
 
 
-WEIGHT_NOISE = 1e-3
-"""A weight below this share of the largest one has grown from a gradient that may be rounding itself, by Adam."""
-
 PRECISIONS = {
-    "fp64": Precision(1e-9, 1e-6, True),
-    "fp32": Precision(1e-4, 1e-3, False),
+    "fp64": Precision(1e-9, 1e-4, True),
+    "fp32": Precision(1e-4, 1e-2, False),
     "bf16": Precision(5e-2, 1e-1, False),
 }
 
@@ -360,6 +358,7 @@ class Comparison:
         initial: parameters whose first values are not equal bit for bit.
         outputs: in the order of computation.
         gradients, weights: of each parameter, largest first.
+        unequal: sentences about copies on several ranks of one side.
     """
 
     precision: Precision
@@ -369,6 +368,7 @@ class Comparison:
     outputs: list[Deviation]
     gradients: list[Deviation]
     weights: list[Deviation]
+    unequal: list[str]
 
     @property
     def first_difference(self) -> Deviation | None:
@@ -377,10 +377,10 @@ class Comparison:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether all that counts deviates by no more than the bound."""
+        """Whether all that counts deviates by no more than the bound, and the ranks of each side agree."""
         counted = [*self.losses, *self.grad_norms, *self.outputs, *self.gradients]
         counted += self.weights if self.precision.weights_count else []
-        return not self.initial and all(one.value <= self.precision.bound for one in counted)
+        return not self.initial and not self.unequal and all(one.value <= self.precision.bound for one in counted)
 
 
 def compare(left: LayoutRecord, right: LayoutRecord, precision: Precision) -> Comparison:
@@ -396,7 +396,8 @@ def compare(left: LayoutRecord, right: LayoutRecord, precision: Precision) -> Co
         [name for name in left.initial | right.initial if left.initial.get(name) != right.initial.get(name)],
         [_of_outputs(name, left.outputs.get(name), right.outputs.get(name)) for name in names],
         _of_tensors(left.gradients, right.gradients, precision.noise),
-        _of_tensors(left.weights, right.weights, WEIGHT_NOISE),
+        _of_tensors(left.weights, right.weights, 1.0),
+        [f"left: {one}" for one in left.unequal] + [f"right: {one}" for one in right.unequal],
     )
 
 
@@ -425,7 +426,8 @@ def _of_outputs(name: str, left: Tensor | None, right: Tensor | None) -> Deviati
     scale = torch.maximum(left.abs(), right.abs()).amax(dim=(0, 1)).clamp(min=torch.finfo(torch.float64).tiny)
     of_tokens = ((left - right).abs() / scale).nan_to_num(nan=math.inf).amax(dim=-1)
     sample, position = divmod(int(of_tokens.argmax()), of_tokens.size(1))
-    return Deviation(name, of_tokens.max().item(), f"most in sample {sample}, position {position}")
+    value = of_tokens.max().item()
+    return Deviation(name, value, f"most in sample {sample}, position {position}" if value else "")
 
 
 def _of_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor], noise: float) -> list[Deviation]:

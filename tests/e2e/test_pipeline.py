@@ -1,4 +1,4 @@
-"""pretrain_gpt.py with pipeline stages, from the quickstart configurations: it trains, resumes and changes its layout."""
+"""pretrain_gpt.py with pipeline stages, from the quickstart files: it trains, resumes and changes its layout."""
 
 import pytest
 
@@ -44,8 +44,8 @@ def train_and_move(
 def test_stages_train_resume_and_move(tmp_path):
     """PP 2 x TP 2, then one process, then four chunks in a V on two ranks with FSDP: equal in float64.
 
-    Resumed at the same layout: bit for bit. Tied embeddings, eight micro-batches, evaluation on the way. Mutations: leave the copy of the embeddings as it was
-    initialized after loading (the V), or the moments of the copy.
+    Resumed at the same layout: bit for bit. Tied embeddings, eight micro-batches, evaluation on the way. Mutations:
+    after loading, leave the copy of the embeddings as it was initialized (in the V), or the moments of the copy.
     """
     layout = ["--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"]
     v_shaped = ["--pipeline-model-parallel-size", "2", "--pipeline-schedule", "zbv", "--use-torch-fsdp2"]

@@ -157,7 +157,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gated": {  # Qwen2-MoE: gated shared expert, every second layer
         "moe_shared_expert_intermediate_size": 48,
         "moe_shared_expert_gate": True,
-        "moe_layer_freq": [0, 1],
         "moe_aux_loss_coeff": 0.1,
     },
     "global": {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.2},
@@ -203,6 +202,8 @@ def transformer_config(layout: Layout) -> TransformerConfig:
             "moe_token_dispatcher_type": layout.dispatcher,
             **MIXTURES[layout.moe],
         }
+        if layout.moe == "gated":
+            mixture["moe_layer_freq"] = [0, 1] * (layout.layers // 2)
     return TransformerConfig(
         num_layers=layout.layers,
         pipeline_model_parallel_size=layout.pp,
@@ -434,9 +435,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
         for step in range(steps):
             if layout.evaluated:
                 held_out: Any = _HeldOut(layout, dp_rank, names)
-                evaluate(
-                    model, held_out, iterations=2, num_microbatches=layout.accumulation, pp_group=pp_group, **how
-                )
+                evaluate(model, held_out, iterations=2, num_microbatches=layout.accumulation, pp_group=pp_group, **how)
             batches = micro_batches(layout, step, dp_rank, names)
             choices.follow(batches)
             outputs.append(train_step(model, optimizer, batches, tp_group=tp_group, pp_group=pp_group, **how, **loss))
@@ -456,9 +455,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]
-    return Result(
-        losses[0], outputs[0].grad_norm.item(), gradients, losses, weights, chosen, untied + still_untied
-    )
+    return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights, chosen, untied + still_untied)
 
 
 def _of_pipeline(

@@ -12,10 +12,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_lite.context_parallel import blocks
 from megatron_lite.optimizer import clip_grads, optimizer
-from megatron_lite.parallel_state import get_group
+from megatron_lite.parallel_state import get_group, get_pipeline_model_parallel_rank
+from megatron_lite.pipeline_parallel import pipelined, schedules, tied_embeddings
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel import collectives, layers, mappings, parameters
 from megatron_lite.training import batches, step
@@ -29,6 +31,8 @@ from megatron_lite.transformer.moe import (
     token_dispatcher,
 )
 from megatron_lite.transformer.moe.router import TopKRouter
+
+FINALIZE = "megatron_lite.distributed.finalize_model_grads"  # the package has a function of that name
 
 
 @contextmanager
@@ -144,14 +148,12 @@ def tokens_counted_locally():
 
 def last_micro_batch_not_reduced():
     """T24, T25: gradients are reduced after each micro-batch but the last, whose gradients stay on their rank."""
-    original = step.set_is_last_microbatch
-    return mock.patch.object(step, "set_is_last_microbatch", lambda model, is_last: original(model, not is_last))
+    original = schedules.set_is_last_microbatch
+    return mock.patch.object(schedules, "set_is_last_microbatch", lambda model, is_last: original(model, not is_last))
 
 
 def gradients_averaged_over_data_parallel():
     """T22, T24: FSDP's usual mean instead of a sum."""
-    from torch.distributed.fsdp import FSDPModule
-
     original = FSDPModule.set_gradient_divide_factor
 
     def broken(self, factor):
@@ -285,8 +287,6 @@ def experts_not_summed_over_their_copies():
 
 def experts_scaled_by_their_ranks():
     """T39: gradients of experts are averaged over the data parallel ranks of dense parameters: EP times too small."""
-    from torch.distributed.fsdp import FSDPModule
-
     original = FSDPModule.set_gradient_divide_factor
 
     def broken(self, factor):
@@ -342,13 +342,13 @@ def expert_bias_by_one_rank():
 
 def expert_bias_by_micro_batch():
     """T45: the expert bias moves before each micro-batch, not once a step."""
-    original = step.micro_batch_losses
+    original = step.forward_step
 
-    def broken(model, batch):
+    def broken(model, batch, decoder_input=None):
         statistics.update_expert_bias(model, get_group("tp_dp_cp"))
-        return original(model, batch)
+        return original(model, batch, decoder_input)
 
-    return mock.patch.object(step, "micro_batch_losses", broken)
+    return mock.patch.object(step, "forward_step", broken)
 
 
 def expert_bias_by_evaluation():
@@ -492,6 +492,100 @@ def z_loss_of_own_tokens():
     )
 
 
+def micro_batches_mixed_up():
+    """T32: all stages but the first look at the first micro-batch, whatever is on its way."""
+    original = pipelined._ChunkOfMicroBatch.forward
+
+    def broken(self, received, number):
+        return original(self, received, number if self.chunk.pre_process else number * 0)
+
+    return mock.patch.object(pipelined._ChunkOfMicroBatch, "forward", broken)
+
+
+def loss_of_another_stage():
+    """The loss stays on the rank of the last stage; another one reports its own."""
+    return mock.patch.object(step, "_shared", lambda loss, tokens, dp_cp_group, pp_group: (loss, tokens.clamp(min=1.0)))
+
+
+def tied_gradients_not_summed():
+    """T33: the embeddings and their copy as output layer each keep their own gradient."""
+    return mock.patch(f"{FINALIZE}.sum_tied_gradients", return_value=None)
+
+
+def tied_gradients_averaged():
+    """T33: the sum of the two gradients became a mean, on both sides."""
+    original = tied_embeddings.sum_tied_gradients
+
+    def broken(chunks, group):
+        original(chunks, group)
+        tied = tied_embeddings.tied_weights(chunks)
+        for parameter in () if tied is None else tied:
+            if parameter is not None:
+                tied_embeddings._gradient(parameter).mul_(0.5)
+
+    return mock.patch(f"{FINALIZE}.sum_tied_gradients", broken)
+
+
+def tied_copy_in_norm():
+    """T33: the copy of the embeddings is counted in the norm like any other parameter."""
+    original = optimizer.MegatronOptimizer.__init__
+
+    def broken(self, *arguments):
+        original(self, *arguments)
+        self._counted |= set(self._copies)
+
+    return mock.patch.object(optimizer.MegatronOptimizer, "__init__", broken)
+
+
+def tied_copy_initialized_apart():
+    """T33: the copy of the embeddings is drawn under a name of its own."""
+    original = parameters.named_parameter_specs
+
+    def broken(model):
+        return {name: dataclasses.replace(spec, copy_of=None) for name, spec in original(model).items()}
+
+    return mock.patch.object(parameters, "named_parameter_specs", broken)
+
+
+def _scale_of_balance_losses(change: Callable[[Tensor], Tensor]):
+    original = auxiliary_losses.begin_step
+    return mock.patch.object(step.auxiliary_losses, "begin_step", lambda scale: original(change(scale)))
+
+
+def balance_losses_of_the_last_stage():
+    """T34: only experts in the last stage, where the loss is, are balanced."""
+    last = group_size(get_group("pp")) - 1
+    return _scale_of_balance_losses(lambda scale: scale * (get_pipeline_model_parallel_rank() == last))
+
+
+def balance_losses_shared_by_stages():
+    """T34: balance losses are divided by the number of stages."""
+    return _scale_of_balance_losses(lambda scale: scale / group_size(get_group("pp")))
+
+
+def expert_bias_of_the_first_chunk():
+    """T45: of the model chunks of a rank only the first has its expert bias moved."""
+    original = step.update_expert_bias
+    return mock.patch.object(step, "update_expert_bias", lambda chunks, group: original(chunks[:1], group))
+
+
+def recomputation_counted():
+    """T37: experts count a token again when its layer is computed again for the backward pass."""
+    return mock.patch.object(statistics, "is_recomputation", return_value=False)
+
+
+def norm_of_one_chunk():
+    """T38: the norm is that of the rank's first chunk."""
+    original = optimizer.get_megatron_optimizer
+
+    def broken(config, model_chunks):
+        made = original(config, model_chunks)
+        made._counted &= {name for name, _ in model_chunks[0].named_parameters()}
+        return made
+
+    return mock.patch("tests.parallel.layouts.get_megatron_optimizer", broken)
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -542,5 +636,16 @@ MUTATIONS = {
         shared_experts_reduced_twice,
         sequences_counted_together,
         z_loss_of_own_tokens,
+        micro_batches_mixed_up,
+        loss_of_another_stage,
+        tied_gradients_not_summed,
+        tied_gradients_averaged,
+        tied_copy_in_norm,
+        tied_copy_initialized_apart,
+        balance_losses_of_the_last_stage,
+        balance_losses_shared_by_stages,
+        expert_bias_of_the_first_chunk,
+        recomputation_counted,
+        norm_of_one_chunk,
     )
 }

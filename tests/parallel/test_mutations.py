@@ -29,6 +29,11 @@ GLOBAL_BALANCE = Layout(moe="global", dp=2)
 TWO_EXPERT_RANKS = Layout(moe="aux", ep=2, dp=2)
 GATHERED_TOKENS = Layout(moe="aux", ep=2, dp=2, dispatcher="allgather")
 
+PIPELINE = Layout(pp=2, accumulation=3)
+INTERLEAVED = Layout(pp=2, schedule="interleaved", chunks=2, layers=4, accumulation=2)
+V_SHAPED = Layout(pp=2, schedule="zbv", layers=4, accumulation=2)
+EXPERTS_IN_STAGES = Layout(moe="bias", pp=2, ep=2, dp=2, layers=4, schedule="zbv", accumulation=2)
+
 CASES = [
     ("norms_not_summed", SEQUENCE_PARALLEL, "gradients", "T1"),
     ("row_bias_not_summed", SEQUENCE_PARALLEL, "gradients", "T1"),
@@ -95,6 +100,24 @@ CASES = [
     ("sequences_counted_together", Layout(moe="sequence", ep=2, dp=2), "gradients", "T43"),
     ("z_loss_of_own_tokens", Layout(moe="aux", tp=2, sp=True), "gradients", "T43"),
     ("tokens_routed_on_every_rank", Layout(moe="gated", tp=2), "gradients", "T3"),
+    ("micro_batches_mixed_up", PIPELINE, "loss", "T32"),
+    ("micro_batches_mixed_up", V_SHAPED, "loss", "T32"),
+    ("loss_of_another_stage", PIPELINE, "loss", ""),
+    ("tied_gradients_not_summed", PIPELINE, "gradients", "T33"),
+    ("tied_gradients_not_summed", PIPELINE, "tied", "T33"),
+    ("tied_gradients_not_summed", V_SHAPED, "tied", "T33"),
+    ("tied_gradients_averaged", INTERLEAVED, "gradients", "T33"),
+    ("tied_copy_in_norm", PIPELINE, "grad_norm", "T33"),
+    ("tied_copy_initialized_apart", V_SHAPED, "loss", "T33"),
+    ("balance_losses_of_the_last_stage", Layout(moe="aux", pp=2), "gradients", "T34"),
+    ("balance_losses_shared_by_stages", Layout(moe="aux", pp=2), "gradients", "T34"),
+    ("expert_bias_of_the_first_chunk", EXPERTS_IN_STAGES, "choices", "T45"),
+    ("recomputation_counted", Layout(moe="global", pp=2, accumulation=3, recompute="uniform"), "gradients", "T37"),
+    ("norm_of_one_chunk", INTERLEAVED, "grad_norm", "T38"),
+    ("norm_of_one_chunk", V_SHAPED, "grad_norm", "T38"),
+    ("gradients_averaged_over_data_parallel", Layout(pp=2, dp=2, accumulation=2), "gradients", ""),
+    ("replicas_counted_in_norm", Layout(pp=2, tp=2), "grad_norm", "T26"),
+    ("local_norm", PIPELINE, "grad_norm", "T38"),
 ]
 
 
@@ -106,7 +129,7 @@ def test_mutation_is_caught(pool, name, layout, deviates):
     result = pool.run(run_layout, layout, STEPS, name, world_size=layout.world_size)[0]
     found = deviations(result, expected(layout.model, STEPS))
     bound = WEIGHT_BOUND if deviates in ("losses", "weights") else GRADIENT_BOUND
-    assert found[deviates] > (0 if deviates == "choices" else 1000 * bound), found
+    assert found[deviates] > (0 if deviates in ("choices", "tied") else 1000 * bound), found
 
 
 def test_every_mutation_is_tried():
@@ -119,6 +142,12 @@ def test_every_trap_of_experts_has_a_mutation():
     cases = [*CASES, *test_experts.CASES, *test_moe_router.CASES, *test_token_dispatcher.CASES]
     tried = {trap for *_, traps in cases for trap in traps.split(", ")}
     assert {f"T{number}" for number in range(39, 48)} <= tried
+
+
+def test_every_trap_of_pipelines_has_a_mutation():
+    """T32, T33, T34, T37, T38."""
+    tried = {trap for *_, traps in CASES for trap in traps.split(", ")}
+    assert {"T32", "T33", "T34", "T37", "T38"} <= tried
 
 
 def test_evaluation_moves_no_expert_bias(pool):

@@ -1,6 +1,7 @@
 """--dry-run: rank 0 of any cluster, described in seconds without one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.dry_run import describe, dry_run
-from megatron_lite.dry_run_memory import ModelSize, Part, activation_bytes, memory_of
+from megatron_lite.dry_run_memory import ModelSize, Part, activation_bytes, activations_of_pipeline, memory_of
 from megatron_lite.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,13 @@ def run_of(name: str, world: int, *words: str) -> RunConfig:
 def number_after(report: str, words: str) -> int:
     """The integer that follows these words in the report."""
     return int(report.split(words)[1].split()[0].replace(",", ""))
+
+
+def parameters_of_stage(report: str, rank: int) -> int:
+    """The parameters that a pipeline rank computes with."""
+    found = re.search(rf"pipeline rank {rank}: .*\): ([\d,]+) parameters", report)
+    assert found is not None
+    return int(found[1].replace(",", ""))
 
 
 @pytest.mark.parametrize("world", [1, 8, 4096])
@@ -175,17 +183,98 @@ def test_a_part_without_copies_is_cast_whole_and_reduces_nothing() -> None:
     assert memory_of(run_of("quickstart_moe", 2, *bf16, "optim"), dense).gradients == 2 * 1000 * 4
 
 
-def test_a_pipeline_is_described_by_its_first_stage() -> None:
-    """4 stages of 8 layers; the first also has the embedding. Training refuses it, so the report says so.
+def test_every_stage_of_a_pipeline_is_described() -> None:
+    """4 stages of 8 layers, in bf16 at DP 2; the ends also have the embedding, and the output layer.
 
-    Mutation: build the whole model for rank 0; it computes with all 32 layers.
+    Mutations: build the first stage for all ranks; count a copy of tied embeddings as parameters of the model.
     """
-    report = describe(run_of("llama3_8b", 8, "--pipeline-model-parallel-size", "4"))
-    assert report.startswith("--pipeline-model-parallel-size 4: described, but not trained yet")
-    assert "pipeline parallel 4 (described below: the first stage): rank 0 works with ranks 0, 2, 4, 6" in report
+    words = "--pipeline-model-parallel-size 4 --global-batch-size 24 --data-parallel-sharding-strategy optim"
+    report = describe(run_of("llama3_8b", 8, *words.split()))
+    assert "pipeline parallel 4: rank 0 works with ranks 0, 2, 4, 6" in report
     layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
+    table = 128_256 * 4096
+    for rank, own in enumerate((8 * layer + table, 8 * layer, 8 * layer, 8 * layer + table + 4096)):
+        assert parameters_of_stage(report, rank) == own
     assert number_after(report, "whole model:") == 8_030_261_248
-    assert number_after(report, "computed with by rank 0:") == 8 * layer + 128_256 * 4096
+    assert "Memory of pipeline rank 0, the fullest" in report
+    assert number_after(report, "computed with by pipeline rank 0:") == 8 * layer + table
+
+
+def test_tied_embeddings_are_counted_once_over_stages() -> None:
+    words = "--pipeline-model-parallel-size 2 --global-batch-size 12"
+    report = describe(run_of("gpt2_124m", 2, *words.split()))
+    assert "whole model: 124,439,808 (+ 36,096 of vocabulary padding)" in report
+    assert parameters_of_stage(report, 0) + parameters_of_stage(report, 1) == 124_439_808 + 36_096 + 50_304 * 768
+
+
+def test_stages_hold_activations_of_several_micro_batches() -> None:
+    """1f1b on 4 ranks: 4, 3, 2 and 1 micro-batches; no more than there are; recomputed ones are made one at a time.
+
+    Mutations: as many micro-batches on every rank; recomputed activations of all of them at once.
+    """
+    words = "--pipeline-model-parallel-size 4 --tensor-model-parallel-size 1 --micro-batch-size 2 --global-batch-size"
+    layer = activation_bytes(run_of("quickstart", 1, "--micro-batch-size", "2")) // 4
+    assert activations_of_pipeline(run_of("quickstart", 4, *words.split(), "16")) == [n * layer for n in (4, 3, 2, 1)]
+    assert activations_of_pipeline(run_of("quickstart", 4, *words.split(), "4")) == [n * layer for n in (2, 2, 2, 1)]
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    stored = 2 * 256 * 256 * 4
+    found = activations_of_pipeline(run_of("quickstart", 4, *words.split(), "16", *full))
+    assert found == [n * stored + layer for n in (4, 3, 2, 1)]
+
+
+def test_pipelines_keep_gradients_and_weights_whole_during_a_step() -> None:
+    """Mutation: two gathered layers under optim_grads_params, as without a pipeline."""
+    size = ModelSize(1000, 1000, 0, Part(shard=1000, stored=250, largest_layer=100, in_layers=400))
+    words = "--bf16 --pipeline-model-parallel-size 2 --data-parallel-sharding-strategy optim_grads_params"
+    found = memory_of(run_of("quickstart", 4, *words.split()), size)
+    assert found.compute_weights == 1000 * 2
+    assert found.gradients == 250 * 4 + 1000 * 4
+
+
+# DeepSeek-V3's shape (its attention apart, which is latent): 61 layers, 256 experts, in 16 stages as its authors split.
+DEEPSEEK = """
+    --num-layers 61 --hidden-size 7168 --num-attention-heads 128 --kv-channels 128 --ffn-hidden-size 18432 --swiglu
+    --normalization RMSNorm --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+    --seq-length 4096 --max-position-embeddings 4096 --vocab-size 129280 --num-experts 256 --moe-ffn-hidden-size 2048
+    --moe-router-topk 8 --moe-layer-freq [0]*3+[1]*58 --moe-shared-expert-intermediate-size 2048 --moe-grouped-gemm
+    --moe-router-score-function sigmoid --moe-router-enable-expert-bias --micro-batch-size 1 --global-batch-size 15360
+    --train-iters 100 --lr 1e-4 --bf16 --use-distributed-optimizer --tokenizer-type NullTokenizer --mock-data
+    --pipeline-model-parallel-size 16 --expert-model-parallel-size 64 --context-parallel-size 2
+    --pipeline-model-parallel-layout Et*3|(t*4|)*13t*3|t*3L
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "experts"),
+    [
+        (
+            [
+                "--config",
+                "configs/gpt3_175b.yaml",
+                "--pipeline-model-parallel-size",
+                "16",
+                "--context-parallel-size",
+                "2",
+                "--num-virtual-stages-per-pipeline-rank",
+                "3",
+            ],
+            0,
+        ),
+        (DEEPSEEK.split(), 256 * 58 * 3 * 7168 * 2048),
+    ],
+    ids=["gpt3_175b", "deepseek_v3"],
+)
+def test_4096_ranks_are_planned_in_seconds(words, experts) -> None:
+    """PP, VPP or an uneven layout, EP, CP. In seconds of processor time."""
+    before = os.times()
+    command = [sys.executable, "pretrain_gpt.py", "--dry-run", "--world-size", "4096", *words]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    after = os.times()
+    assert "Layout of 4,096 ranks" in done.stdout
+    assert "context parallel 2 by p2p" in done.stdout
+    assert done.stdout.count("  pipeline rank ") == 16
+    assert number_after(done.stdout, "whole model:") > max(experts, 174_000_000_000)
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 20.0
 
 
 def test_groups_of_two_levels() -> None:

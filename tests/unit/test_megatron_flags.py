@@ -164,15 +164,15 @@ def test_context_parallelism_as_in_megatron() -> None:
     assert by_layer.transformer.cp_comm_type == ["p2p", "all_gather"] * 16
 
 
-def test_gpt3_example_parses_and_asks_for_pipeline_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt3_example_is_valid_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 128 ranks, in 16 stages of 6 layers."""
     monkeypatch.setenv("WORLD_SIZE", "128")
     settings = read_settings(GPT3)
     assert not settings.problems
     run = build_run_config(settings)
-    assert all_violations(run) == [
-        "pipeline_model_parallel_size is 16, but pipeline parallelism comes in a later version: "
-        "write --pipeline-model-parallel-size 1."
-    ]
+    assert all_violations(run) == []
+    layout = run.transformer.pipeline_layout
+    assert (layout.ranks, [len(stage.layers) for stage in layout.stages]) == (16, [6] * 16)
 
 
 def test_gpt3_example_is_valid_without_pipeline_stages() -> None:

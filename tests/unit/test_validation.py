@@ -52,7 +52,8 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (1, {"hidden_size": "66"}, ["hidden_size is 66", "num_attention_heads (4)", "64 or 68", "--kv-channels"]),
     (1, {"num_query_groups": "3"}, ["num_query_groups is 3", "divide num_attention_heads (4)", "1, 2, 4"]),
     (1, {"pipeline_model_parallel_size": "0"}, ["pipeline_model_parallel_size is 0", "at least 1"]),
-    (2, {"pipeline_model_parallel_size": "2"}, ["pipeline_model_parallel_size is 2", "later version", "write"]),
+    (4, {"pipeline_model_parallel_size": "4"}, ["num_layers is 2", "the 4 pipeline stages", "--num-layers 4"]),
+    (2, {"pipeline_schedule": "zbv"}, ["--pipeline-schedule", "pipeline_model_parallel_size is 1", "or leave it out"]),
     (2, {"expert_model_parallel_size": "2"}, ["expert_model_parallel_size is 2", "no experts", "write --num-experts"]),
     (1, {"seq_length": "64", "max_position_embeddings": "32"}, ["seq_length is 64", "(32)", "--seq-length 32"]),
     (

@@ -60,11 +60,14 @@ def test_balance_losses_are_averaged_over_micro_batches_and_replicas(monkeypatch
     sizes = {"dp_cp": 6, "cp": 2}
     monkeypatch.setattr(step, "group_size", lambda group: sizes[group])
     monkeypatch.setattr(step, "sum_over", lambda tensor, group: None)
-    monkeypatch.setattr(step, "micro_batch_losses", lambda model, batch: batch["loss_mask"] * model.weight.sum())
+    monkeypatch.setattr(step, "forward_step", lambda model, batch, _: batch["loss_mask"] * model.weight.sum())
     seen = []
     monkeypatch.setattr(auxiliary_losses, "begin_step", seen.append)
     optimizer = SimpleNamespace(
-        zero_grad=lambda: None, get_loss_scale=lambda: torch.tensor(loss_scale), scale_loss=lambda loss: loss
+        zero_grad=lambda: None,
+        get_loss_scale=lambda: torch.tensor(loss_scale),
+        scale_loss=lambda loss: loss,
+        device=torch.device("cpu"),
     )
     batches = [{"loss_mask": torch.ones(1, 4)} for _ in range(3)]
     step.forward_backward(nn.Linear(2, 2), optimizer, batches, dp_cp_group="dp_cp", cp_group="cp")  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_loss_weights_count_a_micro_batch_over_its_context_parallel_ranks(groups
 
 
 def test_documents_reach_the_model():
-    """Mutation: micro_batch_losses without packed_seq_params."""
+    """Mutation: forward_step without packed_seq_params."""
     seen = {}
 
     def model(*arguments, **named):
@@ -95,9 +95,9 @@ def test_documents_reach_the_model():
         return torch.zeros(1)
 
     batch = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), torch.zeros(1, 1))
-    step.micro_batch_losses(model, batch)
+    step.forward_step(model, batch)
     assert seen["packed_seq_params"] is None
-    step.micro_batch_losses(model, batch | {"packed_seq_params": "documents"})
+    step.forward_step(model, batch | {"packed_seq_params": "documents"})
     assert seen["packed_seq_params"] == "documents"
 
 
