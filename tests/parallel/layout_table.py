@@ -75,6 +75,6 @@ def layout_table(measured: Mapping[Layout, Mapping[str, float]], steps: int) -> 
         "|---|---|" + "---|" * len(COLUMNS),
     ]
     for layout, found in measured.items():
-        numbers = " | ".join(f"{found[column]:.0e}" for column in COLUMNS)
+        numbers = " | ".join(f"{found[column]:.0e}" if found[column] else "0" for column in COLUMNS)
         lines.append(f"| {row_name(layout)} | {layout.world_size} | {numbers} |")
     return "\n".join(lines) + "\n"
