@@ -128,6 +128,18 @@ def test_train_tiny_gpt_is_the_same_at_every_layout(pool: WorkerPool) -> None:
         assert values == pytest.approx(found["one process"], rel=1e-4), name
 
 
+def test_pipeline_is_the_same_with_every_schedule(pool: WorkerPool) -> None:
+    """One process, two stages, a V on two ranks: the same losses, and they fall."""
+    layouts = {"one process": (1, []), "1f1b": (2, []), "zbv": (2, ["--schedule", "zbv"])}
+    found = {
+        name: losses(pool.run(run_example, "pipeline.py", ["--steps", "10", *extra], world_size=size)[0])
+        for name, (size, extra) in layouts.items()
+    }
+    assert found["one process"][1] < found["one process"][0] - 0.5
+    for name, values in found.items():
+        assert values == pytest.approx(found["one process"], rel=1e-4), name
+
+
 def test_parallel_groups_of_a_running_world(pool: WorkerPool) -> None:
     outputs = pool.run(run_example, "parallel_groups.py", ["--tp", "2", "--cp", "2"], world_size=4)
     assert "dense layers: 4 = tp 2 x cp 2 x pp 1 x dp 1" in outputs[0]
