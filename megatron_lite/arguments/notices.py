@@ -21,5 +21,5 @@ def pipeline_notices(run: RunConfig) -> Iterator[str]:
     if sizes.schedule in SPLIT_BACKWARD and (run.training.compile or sizes.recompute_granularity is not None):
         yield (
             f"--pipeline-schedule {sizes.schedule}: with {whole} the gradients of weights are computed together with "
-            "those of activations, so there is less to fill idle time with."
+            "those of activations, so there is nothing to fill idle time with; interleaved idles less (tools/plan.py)."
         )
