@@ -1,7 +1,7 @@
 """Forward and backward of a step, pipelined over ranks by torch.distributed.pipelining.
 
 torch sends activations and gradients between stages and runs the actions of an order (orders.py). Between steps
-nothing is kept but the stages' buffers.
+nothing is kept but shapes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ class PipelinedForwardBackward:
         self, model_chunks: Sequence[nn.Module], micro_batches: Sequence[MicroBatch], forward_only: bool
     ) -> "_Schedule":
         positions = micro_batches[0]["position_ids"]
-        key = (len(micro_batches), tuple(positions.shape), forward_only)
+        key = (len(micro_batches), tuple(positions.shape), forward_only, *map(id, model_chunks))
         if key not in self._prepared:
             self._prepared[key] = self._prepare(model_chunks, len(micro_batches), positions, forward_only)
         return self._prepared[key]

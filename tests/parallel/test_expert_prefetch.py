@@ -18,7 +18,7 @@ def order_of_collectives(rank: int, world_size: int, prefetch: bool) -> list[str
     """ "g" for each gather of weights, "c" for each exchange of counts, in one forward pass."""
     initialize(LAYOUT)
     with mock.patch.object(data_parallel, "_prefetch_experts", data_parallel._prefetch_experts if prefetch else bool):
-        model, _ = build(LAYOUT)
+        (model,), _ = build(LAYOUT)
     seen: list[str] = []
     # FSDP's name for it, in torch 2.13 and before.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
