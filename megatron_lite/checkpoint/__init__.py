@@ -9,7 +9,7 @@ from megatron_lite.checkpoint.checkpointing import (
 from megatron_lite.checkpoint.common import read_common
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.folders import find_checkpoint, read_tracker
-from megatron_lite.checkpoint.replicas import verify_replicas
+from megatron_lite.checkpoint.replicas import verify_all_replicas, verify_replicas
 
 __all__ = [
     "CheckpointError",
@@ -20,5 +20,6 @@ __all__ = [
     "read_common",
     "read_tracker",
     "save_checkpoint",
+    "verify_all_replicas",
     "verify_replicas",
 ]

@@ -24,7 +24,7 @@ from megatron_lite.checkpoint.common import COMMON, FORMAT, FORMAT_VERSION, read
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.layout import current_layout, describe_changes
 from megatron_lite.checkpoint.model_state import compare_names_and_shapes, fill_copies, model_tensors
-from megatron_lite.checkpoint.replicas import verify_replicas
+from megatron_lite.checkpoint.replicas import verify_all_replicas
 from megatron_lite.checkpoint.rng import get_rng_state, reseed, set_rng_state
 from megatron_lite.checkpoint.safe_reader import SafeFileSystemReader, tensor_shapes
 from megatron_lite.checkpoint.tensor_files import read_tensors, write_tensors
@@ -90,8 +90,8 @@ def save_checkpoint(
         keep_last: how many of the newest checkpoints to keep; None keeps all.
         retain_interval: checkpoints whose iteration is a multiple of it are kept for good.
         save_rng: store the random number streams of every rank.
-        check_replicas: first compare the copies of replicated parameters (`verify_replicas`), a few milliseconds. If
-            they differ a warning names them and the first copy is saved: losing the run would be worse.
+        check_replicas: first compare the copies of replicated parameters (`verify_all_replicas`), a few milliseconds.
+            If they differ a warning names them and the first copy is saved: losing the run would be worse.
 
     Returns:
         The folder of the checkpoint.
@@ -209,15 +209,7 @@ def load_weights(folder: str | Path, model_chunks: ModelChunks) -> None:
 
 def _warn_of_drift(chunks: list[nn.Module]) -> None:
     try:
-        verify_replicas(
-            chunks,
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
-            parallel_state.get_expert_tensor_parallel_group(),
-            parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_embedding_group(check_initialized=False),
-        )
+        verify_all_replicas(chunks)
     except CheckpointError as error:
         _print_rank_0(
             f"WARNING: {error}\nThe checkpoint holds the copy of the first rank; resuming from it ends the drift."

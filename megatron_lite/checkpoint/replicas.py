@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from megatron_lite import parallel_state
 from megatron_lite.checkpoint.agreement import agreed, world
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.model_state import local_tensor, model_tensors
@@ -68,6 +69,19 @@ def verify_replicas(
             raise CheckpointError("\n".join(differing))
 
     agreed("Comparing the copies of replicated parameters", complain)
+
+
+def verify_all_replicas(model_chunks: ModelChunks) -> None:
+    """`verify_replicas` over the groups of `parallel_state`."""
+    verify_replicas(
+        model_chunks,
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
+        parallel_state.get_expert_tensor_parallel_group(),
+        parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_embedding_group(check_initialized=False),
+    )
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
-from megatron_lite.checkpoint import CheckpointError, verify_replicas
+from megatron_lite.checkpoint import CheckpointError, verify_all_replicas
 from megatron_lite.checkpoint.model_state import copies_of
 from megatron_lite.checkpoint.replicas import fingerprint
 from megatron_lite.datasets.samplers import MegatronPretrainingSampler
@@ -267,14 +267,6 @@ def _parameters(
 def _verify_replicas(chunks: list[nn.Module], record: LayoutRecord) -> None:
     """Note in `record` which parameters are not bit-equal on ranks that hold copies of them. Collective."""
     try:
-        verify_replicas(
-            chunks,
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
-            parallel_state.get_expert_tensor_parallel_group(),
-            parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_embedding_group(check_initialized=False),
-        )
+        verify_all_replicas(chunks)
     except CheckpointError as error:
         record.unequal.append(str(error))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_lite import parallel_state
-from megatron_lite.checkpoint import verify_replicas
+from megatron_lite.checkpoint import verify_all_replicas
 from megatron_lite.checkpoint.model_state import copies_of
 from megatron_lite.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
@@ -443,15 +443,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
         weights, still_untied = _of_pipeline(model, lambda parameter: parameter)
     if broken is None:
         # T4, T33: only rank 0 reports, so the others' copies of replicated parameters are compared here, bit for bit.
-        verify_replicas(
-            model,
-            tp_group,
-            parallel_state.get_dense_mesh()["dp_replicate"].get_group(),
-            parallel_state.get_expert_tensor_parallel_group(),
-            parallel_state.get_expert_mesh()["edp_replicate"].get_group(),
-            dp_cp_group,
-            parallel_state.get_embedding_group(check_initialized=False),
-        )
+        verify_all_replicas(model)
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]
