@@ -4,6 +4,7 @@ from torch import nn
 
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint.agreement import world
+from megatron_lite.pipeline_parallel.config import PipelineConfig
 
 
 def current_layout(model: nn.Module) -> dict[str, int | str]:
@@ -17,6 +18,10 @@ def current_layout(model: nn.Module) -> dict[str, int | str]:
         dense, expert = parallel_state.get_layout().dense, parallel_state.get_layout().expert
         layout.update({"tp": dense.tp, "cp": dense.cp, "dp": dense.dp, "pp": dense.pp})
         layout.update({"ep": expert.ep, "etp": expert.tp, "order": dense.order})
+        if dense.pp > 1 and isinstance(getattr(model, "config", None), PipelineConfig):
+            # Which layers, in which order, draw from a rank's streams.
+            config = model.config
+            layout["stages"] = f"{config.chunks_per_rank} a rank, {config.schedule}"  # type: ignore[union-attr]
     return layout
 
 

@@ -124,9 +124,22 @@ class PipelineConfig(ModelParallelConfig):
             return found + self._without_pipeline(counts)
         if self.num_layers < 1:
             return found  # reported as missing elsewhere
-        if self.pipeline_model_parallel_layout is not None and any(counts.values()):
-            given = ", ".join(flag for flag, value in counts.items() if value)
-            found.append(f"--pipeline-model-parallel-layout describes all stages, so {given} must be left out.")
+        ends = {
+            "--account-for-embedding-in-pipeline-split": self.account_for_embedding_in_pipeline_split,
+            "--account-for-loss-in-pipeline-split": self.account_for_loss_in_pipeline_split,
+        }
+        given = [flag for flag, value in {**counts, **ends}.items() if value]
+        uneven = self.num_layers_in_first_pipeline_stage or self.num_layers_in_last_pipeline_stage
+        if self.pipeline_model_parallel_layout is not None and given:
+            found.append(
+                f"--pipeline-model-parallel-layout describes all stages, so {', '.join(given)} must be left out."
+            )
+        elif self.num_layers_per_virtual_pipeline_stage is not None and uneven:
+            found.append(
+                "--num-layers-per-virtual-pipeline-stage says that all model chunks have "
+                f"{self.num_layers_per_virtual_pipeline_stage} layers, but the first or the last pipeline rank holds "
+                "another number: write --num-virtual-stages-per-pipeline-rank instead."
+            )
         elif self.chunks_per_rank == 0:
             found.append(self._contradiction())
         elif self.schedule == "1f1b" and self.chunks_per_rank > 1:

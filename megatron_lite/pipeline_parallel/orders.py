@@ -5,6 +5,7 @@ and of weights) and micro-batch. The interleaved and zero-bubble orders are torc
 micro-batches that they accept and then freed of those there are not: what is left still waits for nothing later.
 """
 
+import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,9 @@ _TORCH = {
 }
 
 
+@functools.lru_cache(maxsize=4)
 def pipeline_order(schedule: str, layout: PipelineLayout, num_microbatches: int) -> Order:
-    """What each rank does, first to last, in one step.
+    """What each rank does, first to last, in one step. Large orders take seconds, so the last ones are kept.
 
     Args:
         schedule: one of SCHEDULES.

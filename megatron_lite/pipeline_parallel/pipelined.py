@@ -4,20 +4,29 @@ torch sends activations and gradients between stages and runs the actions of an 
 nothing is kept but shapes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import _batch_p2p, _PipelineScheduleRuntime
 
 from megatron_lite.distributed.data_parallel import accumulate_gradients, begin_pipelined_step, reduce_gradients
 from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
 from megatron_lite.pipeline_parallel.orders import Order, forward_actions, pipeline_order
 from megatron_lite.pipeline_parallel.schedules import ForwardStep, LossFunc, MicroBatch
 from megatron_lite.transformer.transformer_config import TransformerConfig
+
+PREPARED = 8
+"""Numbers of micro-batches whose schedules are kept, evaluation counted apart."""
+
+# On an error torch writes the work of all ranks into the log, thousands of lines of it.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 
 class PipelinedForwardBackward:
@@ -43,12 +52,11 @@ class PipelinedForwardBackward:
         for stage in schedule.stages:
             stage.submod.begin(forward_step, micro_batches)
         schedule.loss_func = loss_func
-        if forward_only:
-            schedule.eval(numbers, target=numbers, number=numbers)
-        else:
+        if not forward_only:
             for chunk in model_chunks:
                 begin_pipelined_step(chunk)
-            schedule.step(numbers, target=numbers, return_outputs=False, number=numbers)
+        schedule.step(numbers, target=numbers, return_outputs=False, number=numbers)
+        if not forward_only:
             for chunk in model_chunks:
                 reduce_gradients(chunk)
         for stage in schedule.stages:
@@ -60,6 +68,8 @@ class PipelinedForwardBackward:
         positions = micro_batches[0]["position_ids"]
         key = (len(micro_batches), tuple(positions.shape), forward_only, *map(id, model_chunks))
         if key not in self._prepared:
+            if len(self._prepared) == PREPARED:
+                del self._prepared[next(iter(self._prepared))]
             self._prepared[key] = self._prepare(model_chunks, len(micro_batches), positions, forward_only)
         return self._prepared[key]
 
@@ -130,13 +140,18 @@ class _ChunkOfMicroBatch(nn.Module):
 
 
 class _Stage(PipelineStage):
-    """torch's stage, with gradients accumulated as FSDP2 does, and with buffers only for what is under way.
+    """torch's stage, with gradients accumulated as FSDP2 does, and with memory only for what is under way.
 
-    torch makes a buffer for every micro-batch of the step and keeps them all: with many micro-batches that is more
-    memory than the layers' activations. Here one is made when something is received and let go when it has been read.
+    torch keeps two buffers for every micro-batch of the step, what was sent until the end of the step, and in an
+    evaluation all that was computed. With many micro-batches that is more than the layers' activations. Here buffers
+    are made when something is received and let go when it has been read, and so is what was sent and has arrived.
     """
 
     submod: _ChunkOfMicroBatch
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._sends: list[dist.Work] = []
 
     def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:
         prepared = super()._prepare_forward_infra(*arguments, **options)
@@ -155,21 +170,45 @@ class _Stage(PipelineStage):
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
         """Receive gradients into a new buffer."""
-        if self.has_backward:
-            _make_room(self.grad_recv_info[bwd_chunk_id], self._gradient_shape, self.device)
+        _make_room(self.grad_recv_info[bwd_chunk_id], self._gradient_shape, self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send activations; none are left for torch to send."""
+        self._send(super().get_fwd_send_ops(fwd_chunk_id))
+        if not self.has_backward:
+            del self.fwd_cache[fwd_chunk_id]
+        return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send gradients; none are left for torch to send."""
+        self._send(super().get_bwd_send_ops(bwd_chunk_id))
+        return []
+
+    def _send(self, operations: list[dist.P2POp]) -> None:
+        """Send, and wait for what was sent long ago: a send that is not waited for keeps its tensor.
+
+        Every order works with sends that wait for their receiver at once, so none gets stuck with some under way.
+        """
+        while len(self._sends) > self.group_size:
+            self._sends.pop(0).wait()
+        self._sends += _batch_p2p(operations)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         """The forward of a micro-batch, whose graph holds from now on what was received."""
-        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+        with _plain_errors():
+            output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
         _let_go({fwd_chunk_id: self.args_recv_info[fwd_chunk_id]})
+        following = self.stage_index_to_group_rank.get(self.stage_index + 1, self.group_rank)
+        if not self.has_backward and following == self.group_rank:  # nothing to send
+            del self.fwd_cache[fwd_chunk_id]
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
         """The backward of a micro-batch, behind which the received gradient is not needed."""
-        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
-        if self.has_backward:
-            _let_go({bwd_chunk_id: self.grad_recv_info[bwd_chunk_id]})
+        with _plain_errors():
+            super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        _let_go({bwd_chunk_id: self.grad_recv_info[bwd_chunk_id]})
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The gradients of weights, added up in the dtype they are reduced in as after a whole backward."""
@@ -177,9 +216,21 @@ class _Stage(PipelineStage):
         accumulate_gradients(self.submod.chunk)
 
     def release(self) -> None:
-        """Forget the micro-batches."""
+        """Finish sending, and forget the micro-batches."""
+        for send in self._sends:
+            send.wait()
+        self._sends = []
         self.clear_runtime_states()
         self.submod.begin(None, ())
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """An error of the model as it was raised, which torch wraps in another one with all that is known of the stage."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise (error.__cause__ or error) from None
 
 
 def _let_go(received: Mapping[int, Sequence[Any]]) -> Tensor | None:
@@ -207,6 +258,7 @@ class _Schedule(_PipelineScheduleRuntime):
         super().__init__(stages, num_microbatches, loss_fn=self._loss, scale_grads=False)
         self.stages: list[_Stage] = stages
         self.loss_func: LossFunc | None = None
+        self._has_backward = not forward_only
         self.pipeline_order = {rank: list(actions) for rank, actions in order.items()}
         # Checks that each stage is on one rank and does everything once, and puts sends and receives in.
         self._prepare_schedule_with_comms(self.pipeline_order)
@@ -214,6 +266,13 @@ class _Schedule(_PipelineScheduleRuntime):
             self.pipeline_order_with_comms = {
                 rank: forward_actions(actions) for rank, actions in self.pipeline_order_with_comms.items()
             }
+
+    def _maybe_get_loss(self, stage: Any, mb_index: int) -> Any:
+        """The loss to back-propagate; torch keeps it until the end of the step, and its graph would keep the rest."""
+        loss = super()._maybe_get_loss(stage, mb_index)
+        if loss is not None:
+            self._internal_losses[mb_index] = loss.detach()
+        return loss
 
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         assert self.loss_func is not None

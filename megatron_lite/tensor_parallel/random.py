@@ -29,6 +29,7 @@ _EXPERT_PARALLEL_RNG = "expert-parallel-rng"
 
 # Replicas are this far apart, so that the offsets below never meet another replica's.
 _REPLICA_STRIDE = 1_000_000
+_STAGE_STRIDE = 10_000
 
 
 class RNGState(NamedTuple):
@@ -128,7 +129,7 @@ def model_parallel_cuda_manual_seed(
     """Seed the default stream and the tracker's, on CPU and CUDA.
 
     With r the rank in the data x context parallel group and p the pipeline rank: default and data-parallel stream
-    seed + 1,000,000 r + 100 p;
+    seed + 1,000,000 r + 10,000 p;
     model-parallel 2718 + tp rank beyond it; expert-parallel 1024 + 100 ep rank + etp rank. Ranks left out are asked of
     parallel_state, and are 0 in a single process.
     """
@@ -138,7 +139,7 @@ def model_parallel_cuda_manual_seed(
     ep_rank = group_rank(get.get_expert_model_parallel_group(False)) if ep_rank is None else ep_rank
     etp_rank = group_rank(get.get_expert_tensor_parallel_group(False)) if etp_rank is None else etp_rank
     stage = group_rank(get.get_pipeline_model_parallel_group(False))
-    base = seed + _REPLICA_STRIDE * replica_rank + 100 * stage
+    base = seed + _REPLICA_STRIDE * replica_rank + _STAGE_STRIDE * stage
     _tracker.reset()
     torch.manual_seed(base)
     _tracker.add(_DATA_PARALLEL_RNG, base)

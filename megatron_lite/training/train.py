@@ -167,7 +167,7 @@ def read_metrics(run: Run, end_of_interval: bool = False) -> None:
     records = run.metrics.flush()
     if not records:
         return
-    if end_of_interval:
+    if end_of_interval and run.config.transformer.num_moe_experts is not None:
         token_ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         records[-1].experts = collect(run.model_chunks, token_ranks, parallel_state.get_pipeline_model_parallel_group())
     if run.device.type == "cuda" and run.config.logger.log_memory_to_tensorboard:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.commands import pretrain, training_metrics
+from tests.e2e.commands import TINY, pretrain, training_metrics
 
 pytestmark = pytest.mark.e2e
 NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
@@ -57,6 +57,25 @@ def test_stages_train_resume_and_move(tmp_path):
     pretrain(4, *again, "--metrics-jsonl", str(tmp_path / "again.jsonl"))
     resumed, first = (training_metrics(tmp_path / name, *NUMBERS) for name in ("again.jsonl", "first.jsonl"))
     assert resumed == first[4:]
+
+
+def test_dropout_goes_on_in_every_stage(tmp_path):
+    """A V on two ranks, with both dropouts: resumed, bit for bit. Another schedule draws in another order, and says so.
+
+    Mutations: the streams of the first stage for all; a checkpoint that does not tell schedules apart.
+    """
+    words = [*TINY, "--num-layers", "4", "--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--train-iters", "6"]
+    words += ["--pipeline-model-parallel-size", "2"]
+    v_shaped = ["--pipeline-schedule", "zbv"]
+    files = [tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"]
+    saving = ["--save", str(tmp_path / "v"), "--save-interval", "3", "--metrics-jsonl", str(files[0])]
+    pretrain(2, *words, *v_shaped, *saving)
+    resuming = [*words, "--load", str(tmp_path / "v"), "--ckpt-step", "3"]
+    pretrain(2, *resuming, *v_shaped, "--metrics-jsonl", str(files[1]))
+    whole, resumed = (training_metrics(path, *NUMBERS) for path in files)
+    assert resumed == whole[3:]
+    output = pretrain(2, *resuming, "--exit-interval", "4")
+    assert "saved at another layout (stages 2 a rank, zbv -> 1 a rank, 1f1b); seeded anew" in output
 
 
 def test_stages_with_experts_train_resume_and_move(tmp_path):

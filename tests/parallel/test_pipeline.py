@@ -1,5 +1,6 @@
 """What the layout matrix does not show of pipelines: low precision, communication, buffers, who reads what."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -12,11 +13,12 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import CheckpointError, verify_replicas
 from megatron_lite.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron_lite.pipeline_parallel import get_forward_backward_func, pipelined
-from megatron_lite.pipeline_parallel.orders import most_held, pipeline_order
 from megatron_lite.pipeline_parallel.tied_embeddings import tied_weights
 from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.training import step
 from megatron_lite.training.batches import PositionsOnly, names_read
 from megatron_lite.training.setup import build_model
 from megatron_lite.training.step import forward_backward, train_step
@@ -149,38 +151,81 @@ def test_gradients_are_reduced_once_a_step(pool, schedule, strategy):
     assert one == six == 3 + (schedule == "zbv")  # two layers and the embedding; in a V the output layer too
 
 
-def buffers(rank: int, world_size: int, layout: Layout) -> tuple[int, int, int]:
-    """Buffers for received activations and gradients: the most at a time, those left, and what is held by the order."""
+def most_alive(rank: int, world_size: int, layout: Layout, forward_only: bool) -> int:
+    """The most hidden states that live at a time on this rank, received, computed by a stage, or sent."""
     chunks, optimizer, how = build(layout)
-    made: list[pipelined._Stage] = []
-    original, most = pipelined._make_room, [0]
+    seen: list[weakref.ref[Tensor]] = []
+    most = [0]
 
-    def count() -> int:
-        infos = [
-            info for stage in made for kind in (stage.args_recv_info, stage.grad_recv_info) for info in kind.values()
-        ]
-        return sum(one.buffer is not None for info in infos for one in info if not one.is_root_arg)
+    def watch(*tensors: Tensor) -> None:
+        seen.extend(weakref.ref(tensor) for tensor in tensors if tensor.size(-1) == 32)
+        alive = {id(tensor()) for tensor in seen} - {id(None)}
+        most[0] = max(most[0], len(alive))
 
-    def make_room(*arguments: Any) -> None:
-        original(*arguments)
-        most[0] = max(most[0], count())
+    make_room, send = pipelined._make_room, pipelined._Stage._send
+    forward = pipelined._ChunkOfMicroBatch.forward
 
-    function = how["forward_backward_func"]
-    with mock.patch.object(pipelined, "_make_room", make_room):
-        for step in range(2):
-            forward_backward(chunks, optimizer, batches_of(layout, chunks, step), **how)
-            made = [stage for prepared in function._prepared.values() for stage in prepared.stages]
-    order = pipeline_order(layout.schedule or "1f1b", function.layout, layout.accumulation)
-    return most[0], count(), most_held(order[rank], [1] * len(function.layout.stages))
+    def watched_room(infos: Any, *arguments: Any) -> None:
+        make_room(infos, *arguments)
+        watch(*[info.buffer for info in infos if info.buffer is not None])
+
+    def watched_send(self: Any, operations: Any) -> None:
+        watch(*[operation.tensor for operation in operations])
+        send(self, operations)
+
+    def watched_forward(self: Any, received: Tensor, number: Tensor) -> Tensor:
+        output = forward(self, received, number)
+        watch(output)
+        return output
+
+    with (
+        mock.patch.object(pipelined, "_make_room", watched_room),
+        mock.patch.object(pipelined._Stage, "_send", watched_send),
+        mock.patch.object(pipelined._ChunkOfMicroBatch, "forward", watched_forward),
+        torch.set_grad_enabled(not forward_only),
+    ):
+        batches = batches_of(layout, chunks)
+        if forward_only:
+            how["forward_backward_func"](
+                step.forward_step, chunks, batches, lambda number, losses: losses.sum(), forward_only=True
+            )
+        else:
+            forward_backward(chunks, optimizer, batches, **how)
+    return most[0]
 
 
+@pytest.mark.parametrize("forward_only", [False, True], ids=["training", "evaluation"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
-def test_buffers_are_for_what_is_under_way(pool, schedule):
-    """12 micro-batches: torch would keep 24 buffers on a rank in the middle. Mutation: never let one go."""
-    layout = Layout(pp=3, layers=6, schedule=schedule, accumulation=12)
-    for most, left, held in pool.run(buffers, layout, world_size=3):
-        assert left == 0
-        assert most <= held + 2
+def test_memory_does_not_grow_with_the_number_of_micro_batches(pool, schedule, forward_only):
+    """Twice as many micro-batches, as many hidden states alive. torch's own stages keep some for each of them.
+
+    Mutations: buffers that are not let go; losses that are not detached (training); outputs kept in an evaluation;
+    sends that are waited for at the end of the step.
+    """
+    layout = Layout(pp=2, layers=4, schedule=schedule)
+    few, many = (
+        pool.run(most_alive, replace(layout, accumulation=number), forward_only, world_size=2) for number in (6, 12)
+    )
+    assert all(b <= a + 1 for a, b in zip(few, many, strict=True)), (few, many)
+
+
+def failing(rank: int, world_size: int, layout: Layout) -> str:
+    """What is raised where a stage fails."""
+    chunks, _, how = build(layout)
+    batches = batches_of(layout, chunks)
+
+    def forward_step(*arguments: Any) -> Tensor:
+        raise ConfigError("a mistake of the user")
+
+    # The other rank loses its connection.
+    with pytest.raises(ConfigError if rank == 0 else RuntimeError) as caught:
+        how["forward_backward_func"](forward_step, chunks, batches, lambda number, losses: losses)
+    return str(caught.value)
+
+
+def test_an_error_in_a_stage_is_the_error(pool):
+    """torch would raise a RuntimeError about the stage, and log the work of all ranks. Mutation: let it."""
+    assert pool.run(failing, Layout(pp=2), world_size=2)[0] == "a mistake of the user"
 
 
 def changing_numbers(rank: int, world_size: int, layout: Layout) -> list[float]:

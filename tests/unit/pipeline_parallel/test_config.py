@@ -74,6 +74,14 @@ def test_one_rank_holds_all():
         ({"num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 2}, "shared alike by 0 ranks"),
         ({"pipeline_model_parallel_layout": "Et|tL"}, "which has 2 layers (t), but num_layers is 8"),
         ({"pipeline_model_parallel_layout": "Et*8|L", "num_layers_in_first_pipeline_stage": 8}, "must be left out"),
+        (
+            {"pipeline_model_parallel_layout": "Et*4|t*4L", "account_for_loss_in_pipeline_split": True},
+            "so --account-for-loss-in-pipeline-split must be left out",
+        ),
+        (
+            {"num_layers_per_virtual_pipeline_stage": 2, "num_layers_in_first_pipeline_stage": 6},
+            "write --num-virtual-stages-per-pipeline-rank instead",
+        ),
         ({"pipeline_model_parallel_layout": "Et*4|t*3|tL"}, "3 pipeline stages for 2 ranks"),
         (
             {"pipeline_model_parallel_size": 1, "pipeline_schedule": "zbv"},
