@@ -62,7 +62,7 @@ def test_stages_train_resume_and_move(tmp_path):
 def test_dropout_goes_on_in_every_stage(tmp_path):
     """A V on two ranks, with both dropouts: resumed, bit for bit. Another schedule draws in another order, and says so.
 
-    Mutations: the streams of the first stage for all; a checkpoint that does not tell schedules apart.
+    Mutations: streams that are not saved; a checkpoint that does not tell schedules apart.
     """
     words = [*TINY, "--num-layers", "4", "--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--train-iters", "6"]
     words += ["--pipeline-model-parallel-size", "2"]

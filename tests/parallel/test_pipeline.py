@@ -20,6 +20,7 @@ from megatron_lite.pipeline_parallel.tied_embeddings import tied_weights
 from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.training import step
 from megatron_lite.training.batches import PositionsOnly, names_read
+from megatron_lite.training.initialize import set_random_seed
 from megatron_lite.training.setup import build_model
 from megatron_lite.training.step import forward_backward, train_step
 from tests.parallel.layouts import (
@@ -270,6 +271,20 @@ def test_positions_stand_for_samples_nobody_reads():
     positions = PositionsOnly(["sample"] * 7, 5)
     assert len(positions) == 7
     assert positions[3]["position_ids"].tolist() == [0, 1, 2, 3, 4]
+
+
+def drawn(rank: int, world_size: int, layout: Layout) -> float:
+    """The first random number of this rank's default stream."""
+    initialize(layout)
+    set_random_seed(SEED)
+    return torch.rand(()).item()
+
+
+def test_stages_draw_numbers_of_their_own(pool):
+    """T12. Tensor parallel ranks of a stage share the default stream. Mutation: a seed without the stage."""
+    first, same, second, also = pool.run(drawn, Layout(pp=2, tp=2), world_size=4)
+    assert (first, second) == (same, also)
+    assert first != second
 
 
 def drifted(rank: int, world_size: int, layout: Layout) -> str:
