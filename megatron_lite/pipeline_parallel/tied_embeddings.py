@@ -25,14 +25,16 @@ class TiedWeights(NamedTuple):
 
 def tied_weights(chunks: Sequence[nn.Module]) -> TiedWeights | None:
     """The tied weights among this rank's chunks; None where it holds neither, or a model that needs no copy."""
+    ends = [(getattr(chunk, "pre_process", True), getattr(chunk, "post_process", True)) for chunk in chunks]
+    if ends == [(True, True)]:
+        return None  # a model in one piece
     parameters = {name: parameter for chunk in chunks for name, parameter in chunk.named_parameters()}
     for chunk in chunks:
         for name, spec in named_parameter_specs(chunk).items():
             if spec.copy_of:
                 return TiedWeights(parameters.get(spec.copy_of), parameters[name])
-    for chunk in chunks:
-        tied = getattr(chunk, "share_embeddings_and_output_weights", False)
-        if tied and chunk.pre_process and not chunk.post_process:
+    for chunk, (begins, stops) in zip(chunks, ends, strict=True):
+        if begins and not stops and getattr(chunk, "share_embeddings_and_output_weights", False):
             return TiedWeights(chunk.embedding.word_embeddings.weight, None)  # type: ignore[union-attr, arg-type]
     return None
 
