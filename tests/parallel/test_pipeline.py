@@ -104,8 +104,8 @@ def test_the_residual_stream_travels_in_float32(pool, settings):
 
 
 def overflow(rank: int, world_size: int, layout: Layout) -> tuple[float, float, bool, list[float]]:
-    """A float16 step whose loss scale is too large, then one whose is not."""
-    config = OptimizerConfig(optimizer="sgd", lr=LEARNING_RATE, fp16=True, initial_loss_scale=2.0**40, hysteresis=1)
+    """A float16 step in which one gradient of the second rank overflows, then some in which none does."""
+    config = OptimizerConfig(optimizer="sgd", lr=LEARNING_RATE, fp16=True, initial_loss_scale=2.0**10, hysteresis=1)
     chunks, optimizer, how = build(layout, config, fp16=True, params_dtype=torch.float16)
     before = [local(parameter.detach()).clone() for chunk in chunks for parameter in chunk.parameters()]
     groups = {
@@ -113,7 +113,14 @@ def overflow(rank: int, world_size: int, layout: Layout) -> tuple[float, float, 
         "pp_group": parallel_state.get_pipeline_model_parallel_group(),
     }
     batches = batches_of(layout, chunks)
-    output = train_step(chunks, optimizer, batches, **groups, **how)
+
+    def overflowing(*arguments: Any) -> None:
+        finalize_model_grads(*arguments)
+        if rank == 1:
+            local(next(chunks[0].parameters()).grad).fill_(torch.inf)
+
+    with mock.patch.object(step, "finalize_model_grads", overflowing):
+        output = train_step(chunks, optimizer, batches, **groups, **how)
     after = [local(parameter.detach()) for chunk in chunks for parameter in chunk.parameters()]
     unmoved = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     scale = optimizer.get_loss_scale().item()
@@ -128,7 +135,7 @@ def overflow(rank: int, world_size: int, layout: Layout) -> tuple[float, float, 
 def test_an_overflow_skips_the_step_of_every_stage(pool, schedule):
     """fp16: one decision for the whole pipeline, and the loss scale falls everywhere. Mutation: a norm by stage."""
     found = pool.run(overflow, Layout(pp=2, layers=4, schedule=schedule, accumulation=2), world_size=2)
-    assert [(inf, scale, unmoved) for inf, scale, unmoved, _ in found] == [(1.0, 2.0**39, True)] * 2
+    assert [(inf, scale, unmoved) for inf, scale, unmoved, _ in found] == [(1.0, 2.0**9, True)] * 2
     assert found[0][3] == found[1][3]
     assert found[0][3][2] < found[0][3][0]
 
