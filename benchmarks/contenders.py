@@ -23,7 +23,7 @@ Step = Callable[[list[MicroBatch]], Tensor]
 
 def build_megatron_lite(config: RunConfig, device: torch.device) -> Step:
     """This framework on one rank, through the functions that pretrain_gpt.py uses."""
-    model = _model(config, device, config.training.compile)
+    (model,) = model_chunks(config, device, config.training.compile)
     optimizer = get_megatron_optimizer(config.optimizer, model)
 
     def step(micro_batches: list[MicroBatch]) -> Tensor:
@@ -48,7 +48,8 @@ def build_plain(config: RunConfig, device: torch.device) -> Step:
     shape = plain_shape(config)
     with device:
         model: nn.Module = plain_gpt.PlainGPT(shape)
-    model.load_state_dict(plain_state_dict(_model(config, device), shape))
+    (whole,) = model_chunks(config, device)
+    model.load_state_dict(plain_state_dict(whole, shape))
     chosen = config.optimizer
     assert chosen.lr is not None, "a run has a learning rate"
     betas = (chosen.adam_beta1, chosen.adam_beta2)
@@ -67,9 +68,10 @@ def build_plain(config: RunConfig, device: torch.device) -> Step:
 CONTENDERS = {"megatron_lite": build_megatron_lite, "plain": build_plain}
 
 
-def _model(config: RunConfig, device: torch.device, compile_layers: bool = False) -> nn.Module:
+def model_chunks(config: RunConfig, device: torch.device, compile_layers: bool = False) -> list[nn.Module]:
+    """This rank's part of the model of a run."""
     assert config.gpt.vocab_size is not None, "the command asks for it"
-    (model,) = build_model(
+    return build_model(
         config.transformer,
         config.gpt,
         config.ddp,
@@ -79,7 +81,6 @@ def _model(config: RunConfig, device: torch.device, compile_layers: bool = False
         seed=config.rng.seed,
         compile_layers=compile_layers,
     )
-    return model
 
 
 def plain_shape(config: RunConfig) -> plain_gpt.PlainGPTConfig:

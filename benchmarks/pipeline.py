@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmarks.contenders import model_chunks
 from benchmarks.measure import DEFAULTS, synthetic_batches
 from benchmarks.report import environment
 from megatron_lite import parallel_state
@@ -39,7 +40,6 @@ from megatron_lite.pipeline_parallel.orders import pipeline_order
 from megatron_lite.pipeline_parallel.pipelined import _Stage
 from megatron_lite.pipeline_parallel.timeline import pipeline_timeline, timeline_of
 from megatron_lite.training.initialize import initialize_parallel_groups, training_device
-from megatron_lite.training.setup import build_model
 from megatron_lite.training.step import train_step
 
 MODEL = (
@@ -118,16 +118,7 @@ def measure_steps(config: RunConfig, warmup: int, steps: int) -> list[Step]:
     """Train; the steps after the first `warmup` ones, the same on every rank."""
     initialize_parallel_groups(config)
     device = training_device(config.distributed.distributed_backend)
-    assert config.gpt.vocab_size is not None, "MODEL gives it"
-    model = build_model(
-        config.transformer,
-        config.gpt,
-        config.ddp,
-        vocab_size=config.gpt.vocab_size,
-        max_sequence_length=config.sequence_length,
-        device=device,
-        seed=config.rng.seed,
-    )
+    model = model_chunks(config, device)
     optimizer = get_megatron_optimizer(config.optimizer, model)
     forward_backward = get_forward_backward_func(config.transformer)
     batch = synthetic_batches(config, device)[0]

@@ -12,6 +12,7 @@ import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRELOADED = [
@@ -40,17 +41,10 @@ def launch(processes: int, arguments: list[str], output: Path, environment: dict
             variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             variables |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(context.Process(target=_run, args=(arguments, str(output), variables)))
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")}
-    os.environ.update({name: environment[name] for name in before})  # the server's, when it starts
-    try:
+    of_server = {name: environment[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")}
+    with mock.patch.dict(os.environ, of_server):  # the first start is the server's too
         for process in ranks:
             process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
     return _wait(ranks, timeout)
 
 

@@ -19,6 +19,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -102,21 +103,13 @@ class WorkerPool:
     def _grow_to(self, count: int) -> None:
         if count > MAX_WORKERS:
             raise ValueError(f"world_size is {count}, but the pool has at most {MAX_WORKERS} workers.")
-        outside = {name: os.environ.get(name) for name in _WORKER_ENVIRONMENT}
-        os.environ.update(_WORKER_ENVIRONMENT)
-        try:
+        with mock.patch.dict(os.environ, _WORKER_ENVIRONMENT):
             while len(self._workers) < count:
                 ours, theirs = self._context.Pipe()
                 process = self._context.Process(target=_serve, args=(theirs, self._store.port), daemon=True)
                 process.start()
                 theirs.close()
                 self._workers.append(_Worker(process, ours))
-        finally:
-            for name, value in outside.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
 
     def _collect(self, name: str, workers: list[_Worker], timeout_s: float) -> list[Any]:
         results: list[Any] = [None] * len(workers)
