@@ -150,9 +150,8 @@ REFUSED: dict[str, str] = {
         --moe-paged-stash --moe-paged-stash-page-size= --moe-paged-stash-buffer-size-factor-cuda=
         --moe-paged-stash-buffer-size-factor-cpu=
     """,
-    "multi-token prediction comes in a later version": """
-        --mtp-standalone --mtp-num-layers= --mtp-loss-scaling-factor= --mtp-use-repeated-layer --mtp-detach-heads
-        --mtp-hsm --mtp-hybrid-override-pattern=
+    "this variant of multi-token prediction is not implemented; its layers stand in the last pipeline stage": """
+        --mtp-standalone --mtp-use-repeated-layer --mtp-detach-heads --mtp-hsm --mtp-hybrid-override-pattern=
     """,
     "activations are recomputed (--recompute-granularity) rather than moved to the host": """
         --cpu-offloading-num-layers=0 --fine-grained-activation-offloading --offload-modules=*
@@ -160,7 +159,7 @@ REFUSED: dict[str, str] = {
         --fine-grained-offloading-max-inflight-offloads=
     """,
     "this attention variant is not implemented": """
-        --softmax-type=vanilla --qk-l2-norm --qk-clip --qk-clip-alpha= --qk-clip-threshold= --attention-output-gate
+        --qk-l2-norm --qk-clip --qk-clip-alpha= --qk-clip-threshold= --cache-mla-latents
         --experimental-attention-variant= --dsa-indexer-n-heads= --dsa-indexer-head-dim= --dsa-indexer-topk=
         --dsa-indexer-topk-freq= --dsa-indexer-skip-topk-offset= --dsa-indexer-loss-coeff=
         --dsa-indexer-use-sparse-loss --dsa-kernel-backend= --dsa-indexer-rope-interleaved
@@ -168,15 +167,11 @@ REFUSED: dict[str, str] = {
         --disable-dsa-indexer-scoring-relu --dsa-indexer-k-norm-epsilon= --dsa-indexer-k-norm-fp32
         --linear-conv-kernel-dim= --linear-key-head-dim= --linear-value-head-dim= --linear-num-key-heads=
         --linear-num-value-heads= --batch-invariant-mode --batch-invariant-backend= --mrope-section=*
-        --relative-attention-num-buckets= --relative-attention-max-distance= --no-rope-freq=
+        --relative-attention-num-buckets= --relative-attention-max-distance=
         --linear-attention-freq= --log-max-attention-logit
     """,
     "this MLP variant is not implemented": """
-        --glu-linear-offset=0|0.0 --activation-func-clamp-value= --mlp-chunks-for-training=1
-    """,
-    "multi-latent attention comes in a later version": """
-        --multi-latent-attention --rope-type=rope --q-lora-rank= --kv-lora-rank= --qk-head-dim=
-        --qk-pos-emb-head-dim= --v-head-dim= --cache-mla-latents
+        --mlp-chunks-for-training=1
     """,
     "this kind of model is not implemented; GPT is": """
         --use-mup --mup-width-mult= --mup-base-hidden-size= --mup-embedding-mult= --mup-output-mult=

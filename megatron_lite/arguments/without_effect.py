@@ -21,12 +21,27 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
     (
         "--position-embedding-type rope or yarn",
         lambda run: run.gpt.position_embedding_type in ("rope", "yarn"),
-        ("rotary_base", "rotary_percent", "rotary_interleaved"),
+        ("rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq"),
+    ),
+    (
+        "--multi-latent-attention",
+        lambda run: run.transformer.multi_latent_attention,
+        ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"),
+    ),
+    (
+        "attention without --multi-latent-attention",
+        lambda run: not run.transformer.multi_latent_attention,
+        ("kv_channels", "rotary_interleaved"),
+    ),
+    (
+        "--mtp-num-layers",
+        lambda run: run.transformer.mtp_num_layers is not None,
+        ("mtp_loss_scaling_factor",),
     ),
     ("--use-rope-scaling", lambda run: run.gpt.use_rope_scaling, ("rope_scaling_factor",)),
     (
         "--position-embedding-type yarn",
-        lambda run: run.gpt.yarn is not None,
+        lambda run: run.gpt.yarn(run.transformer.multi_latent_attention) is not None,
         (
             "rotary_scaling_factor",
             "yarn_original_max_position_embeddings",

@@ -11,22 +11,35 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_lite.context_parallel.block_attention import AttentionGradient, RunningAttention, of_step
+from megatron_lite.context_parallel.block_attention import (
+    AttentionGradient,
+    RunningAttention,
+    gradient_of_sinks,
+    of_step,
+)
 from megatron_lite.context_parallel.blocks import Block
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel.collectives import all_gather, reduce_scatter
 
 
 def gathered_forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: list[Block], scale: float, backend: str, group: ProcessGroup | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    plan: list[Block],
+    scale: float,
+    backend: str,
+    window: int,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks; arguments and results as in ring.ring_forward."""
-    running = RunningAttention(query, scale, backend)
+    running = RunningAttention(query, scale, backend, window)
     size, rank = group_size(group), group_rank(group)
     gathered = _gather(key, value, group)
     for step in range(size):
         running.add(gathered[(rank - step) % size], of_step(plan, step))
-    return running.finish()
+    return running.finish(sinks)
 
 
 def gathered_backward(
@@ -34,15 +47,17 @@ def gathered_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor,
     out: Tensor,
     log_sum: Tensor,
     plan: list[Block],
     scale: float,
     backend: str,
+    window: int,
     group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; arguments and results as in ring.ring_backward."""
-    gradient = AttentionGradient(grad, query, out, log_sum, scale, backend)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks; arguments and results as in ring.ring_backward."""
+    gradient = AttentionGradient(grad, query, out, log_sum, scale, backend, window)
     size, rank = group_size(group), group_rank(group)
     gathered = _gather(key, value, group)
     grads = torch.zeros_like(gathered, dtype=gradient.grad_query.dtype)
@@ -52,7 +67,8 @@ def gathered_backward(
     own = grads[0] if group is None else reduce_scatter(grads, 0, group)[0]
     # An operator's results must not share memory.
     grad_key, grad_value = (part.to(key.dtype, copy=True) for part in own)
-    return gradient.grad_query.to(query.dtype), grad_key, grad_value
+    grad_sinks = gradient_of_sinks(sinks, grad, out, log_sum)
+    return gradient.grad_query.to(query.dtype), grad_key, grad_value, grad_sinks
 
 
 def _gather(key: Tensor, value: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -80,7 +80,9 @@ class ContextParallelism:
         causal: bool,
         scale: float,
         backend: str,
-        attend_whole: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        attend_whole: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
+        sinks: Tensor | None = None,
+        window: int = -1,
     ) -> Tensor:
         """Attention over the whole sequence, of which this rank has every cp-th part.
 
@@ -92,7 +94,9 @@ class ContextParallelism:
             scale: factor on the scores.
             backend: one of ops.attention_block.BACKENDS.
             attend_whole: attention [s', b, n', d] -> [s', b, n', d] to be used instead of blocks where this rank has
-                whole sequences; it cares for documents itself.
+                whole sequences; it is given query, key, value and sinks, and cares for documents itself.
+            sinks: [n] the score of one more key of each head, whose value is zero; None for none.
+            window: how many tokens before it each sees, -1 for all; others where this rank has whole sequences only.
 
         Returns:
             [s, b, n, d]; zeros for padding.
@@ -106,12 +110,16 @@ class ContextParallelism:
         ranks = range(first, first + group_size(self.heads_group))
         order = order_of_group(stretches, self.size, ranks, query.device) if len(ranks) > 1 else None
         query, key, value = scatter_heads(query, key, value, order, self.heads_group)
+        if sinks is not None:
+            # Those of the heads this rank has now; their gradient is its part of the sum over the ranks.
+            sinks = sinks.chunk(len(ranks))[group_rank(self.heads_group)]
         if attend_whole is not None and self.sees_whole_sequences():
-            out = attend_whole(query, key, value)
+            out = attend_whole(query, key, value, sinks)
         else:
             operator = gathered_attention if self.comm_type == "all_gather" else ring_attention
             plan = self.plan(length, packed, causal)
-            out = operator(query, key, value, plan, scale, backend, self.keys_group)
+            sinks = query.new_empty(0) if sinks is None else sinks
+            out = operator(query, key, value, sinks, plan, scale, backend, window, self.keys_group)
         return gather_heads(out, order, self.heads_group)
 
 

@@ -23,8 +23,8 @@ class RunningAttention:
         log_sum: [s, b, n], the logarithm of the softmax's denominator; -inf for a query that saw nothing.
     """
 
-    def __init__(self, query: Tensor, scale: float, backend: str) -> None:
-        self.query, self.scale, self.backend = query, scale, backend
+    def __init__(self, query: Tensor, scale: float, backend: str, window: int = -1) -> None:
+        self.query, self.scale, self.backend, self.window = query, scale, backend, window
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         self.log_sum = torch.full(query.shape[:-1], -math.inf, dtype=self.wide, device=query.device)
@@ -38,7 +38,14 @@ class RunningAttention:
         for call in calls(blocks, self.backend, self.query.device):
             rows, columns = call.rows, call.columns
             result = attention_block(
-                self.query[rows], key[columns], value[columns], call.causal, self.scale, self.backend, call.lengths
+                self.query[rows],
+                key[columns],
+                value[columns],
+                call.causal,
+                self.scale,
+                self.backend,
+                call.lengths,
+                self.window,
             )
             if not self.is_empty:
                 before = self.out[rows], self.log_sum[rows]
@@ -47,17 +54,46 @@ class RunningAttention:
             self.out[rows], self.log_sum[rows] = result  # onto itself where `before` is a view: torch does nothing
         self.is_empty = False
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(out in the dtype of the queries, log_sum); a query that saw nothing has zeros."""
+    def finish(self, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        """(out in the dtype of the queries, log_sum); a query that saw nothing has zeros.
+
+        A sink [n] is one more key whose value is zero: it takes part in the denominator only. [0] stands for none.
+        """
+        if sinks.numel():
+            sinks = sinks.to(self.log_sum.dtype)
+            self.out = self.out * (self.log_sum - sinks).sigmoid().unsqueeze(-1)
+            self.log_sum = torch.logaddexp(self.log_sum, sinks)
         return self.out.to(self.query.dtype), self.log_sum
+
+
+def gradient_of_sinks(sinks: Tensor, grad: Tensor, out: Tensor, log_sum: Tensor) -> Tensor:
+    """The gradient of RunningAttention.finish's sinks, [n] (or [0]), given that of the output and what it returned.
+
+    Of a softmax d score_i = p_i (d p_i - sum_j p_j d p_j), where d p = 0 for a key whose value is zero, and the sum is
+    that of grad * out.
+    """
+    if not sinks.numel():
+        return torch.zeros_like(sinks)
+    wide = log_sum.dtype
+    dot = (grad.to(wide) * out.to(wide)).sum(-1)
+    return -((sinks.to(wide) - log_sum).exp() * dot).flatten(0, -2).sum(0).to(sinks.dtype)
 
 
 class AttentionGradient:
     """The gradient of this rank's queries, gathered block by block."""
 
-    def __init__(self, grad: Tensor, query: Tensor, out: Tensor, log_sum: Tensor, scale: float, backend: str) -> None:
+    def __init__(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        out: Tensor,
+        log_sum: Tensor,
+        scale: float,
+        backend: str,
+        window: int = -1,
+    ) -> None:
         self.grad, self.query, self.out, self.log_sum = grad, query, out, log_sum
-        self.scale, self.backend = scale, backend
+        self.scale, self.backend, self.window = scale, backend, window
         self.grad_query = torch.zeros(
             query.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device
         )
@@ -79,6 +115,7 @@ class AttentionGradient:
                 self.scale,
                 self.backend,
                 call.lengths,
+                self.window,
             )
             # No row is in two blocks of a step, neither as query nor as key.
             self.grad_query[rows] += dq

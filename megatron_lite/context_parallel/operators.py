@@ -22,9 +22,17 @@ def _operator(name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backwar
 
     @torch.library.custom_op(f"megatron_lite::{name}", mutates_args=())
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float, backend: str, group: str
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        plan: Tensor,
+        scale: float,
+        backend: str,
+        window: int,
+        group: str,
     ) -> tuple[Tensor, Tensor]:
-        return forward_(query, key, value, as_blocks(plan), scale, backend, _group(group))
+        return forward_(query, key, value, sinks, as_blocks(plan), scale, backend, window, _group(group))
 
     @torch.library.custom_op(f"megatron_lite::{name}_backward", mutates_args=())
     def backward(
@@ -32,32 +40,34 @@ def _operator(name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backwar
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor,
         out: Tensor,
         log_sum: Tensor,
         plan: Tensor,
         scale: float,
         backend: str,
+        window: int,
         group: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (grad, query, key, value, out, log_sum)
-        return backward_(*tensors, as_blocks(plan), scale, backend, _group(group))  # type: ignore[return-value]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tensors = (grad, query, key, value, sinks, out, log_sum)
+        return backward_(*tensors, as_blocks(plan), scale, backend, window, _group(group))  # type: ignore[return-value]
 
     @forward.register_fake
-    def _(query, key, value, plan, scale, backend, group):  # type: ignore[no-untyped-def]
+    def _(query, key, value, sinks, plan, scale, backend, window, group):  # type: ignore[no-untyped-def]
         wide = torch.promote_types(query.dtype, torch.float32)
         return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
 
     @backward.register_fake
-    def _(grad, query, key, value, out, log_sum, plan, scale, backend, group):  # type: ignore[no-untyped-def]
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    def _(grad, query, key, value, sinks, *others):  # type: ignore[no-untyped-def]
+        return tuple(x.new_empty(x.shape) for x in (query, key, value, sinks))
 
     def save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        query, key, value, plan, ctx.scale, ctx.backend, ctx.group = inputs
-        ctx.save_for_backward(query, key, value, *output, plan)
+        query, key, value, sinks, plan, *ctx.how = inputs
+        ctx.save_for_backward(query, key, value, sinks, *output, plan)
         ctx.mark_non_differentiable(output[1])
 
     def differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
-        return *backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.group), None, None, None, None
+        return *backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
 
     forward.register_autograd(differentiate, setup_context=save)
     return forward
@@ -68,18 +78,34 @@ _gathered = _operator("gathered_attention", gathered_forward, gathered_backward)
 
 
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float, backend: str, group: ProcessGroup | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    plan: Tensor,
+    scale: float,
+    backend: str,
+    window: int,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """`ring.ring_forward` with its gradient; the plan as a tensor (blocks.as_tensor). Output [s, b, n, d]."""
-    out: Tensor = _ring(query, key, value, plan, scale, backend, _name(group))[0]
+    out: Tensor = _ring(query, key, value, sinks, plan, scale, backend, window, _name(group))[0]
     return out
 
 
 def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float, backend: str, group: ProcessGroup | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    plan: Tensor,
+    scale: float,
+    backend: str,
+    window: int,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """`all_gather.gathered_forward` with its gradient; the plan as a tensor. Output [s, b, n, d]."""
-    out: Tensor = _gathered(query, key, value, plan, scale, backend, _name(group))[0]
+    out: Tensor = _gathered(query, key, value, sinks, plan, scale, backend, window, _name(group))[0]
     return out
 
 

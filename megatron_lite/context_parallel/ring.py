@@ -12,29 +12,44 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_lite.context_parallel.block_attention import AttentionGradient, RunningAttention, of_step
+from megatron_lite.context_parallel.block_attention import (
+    AttentionGradient,
+    RunningAttention,
+    gradient_of_sinks,
+    of_step,
+)
 from megatron_lite.context_parallel.blocks import Block
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel.collectives import start_shift, wait
 
 
 def ring_forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: list[Block], scale: float, backend: str, group: ProcessGroup | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    plan: list[Block],
+    scale: float,
+    backend: str,
+    window: int,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks.
 
     Args:
         query: [s, b, n, d], s the tokens of this rank.
         key, value: [s, b, g, d].
+        sinks: [n] the score of one more key of each head, whose value is zero; [0] for none.
         plan: `blocks.attention_blocks` of this rank.
         scale: factor on the scores.
         backend: one of ops.attention_block.BACKENDS.
+        window: how many keys before its own a query sees; -1 for all. Others only without a ring, for one rank.
         group: the ring, in the order in which the sequence was split; None for one rank.
 
     Returns:
         Output [s, b, n, d], and the logarithm of the softmax's denominator [s, b, n].
     """
-    running = RunningAttention(query, scale, backend)
+    running = RunningAttention(query, scale, backend, window)
     steps = group_size(group)
     # Two buffers: the keys in use, and those that arrive meanwhile.
     here = torch.stack((key, value))
@@ -43,7 +58,7 @@ def ring_forward(
         running.add(here, of_step(plan, step))
         if arriving is not None:
             here = wait(arriving)
-    return running.finish()
+    return running.finish(sinks)
 
 
 def ring_backward(
@@ -51,21 +66,23 @@ def ring_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor,
     out: Tensor,
     log_sum: Tensor,
     plan: list[Block],
     scale: float,
     backend: str,
+    window: int,
     group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query [s, b, n, d], key and value [s, b, g, d].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query [s, b, n, d], key and value [s, b, g, d], and sinks [n].
 
     Args:
         grad: gradient of the output, [s, b, n, d].
         out, log_sum: what ring_forward returned.
-        query, key, value, plan, scale, backend, group: as in ring_forward.
+        query, key, value, sinks, plan, scale, backend, window, group: as in ring_forward.
     """
-    gradient = AttentionGradient(grad, query, out, log_sum, scale, backend)
+    gradient = AttentionGradient(grad, query, out, log_sum, scale, backend, window)
     steps = group_size(group)
     here = torch.stack((key, value))
     own: Tensor | None = None  # gradient of this rank's keys from its own queries
@@ -88,4 +105,5 @@ def ring_backward(
         own += wait(travelling)  # the last step sent each gradient to the rank behind: the keys' own
     # An operator's results must not share memory.
     grad_key, grad_value = (part.to(key.dtype, copy=True) for part in own)
-    return gradient.grad_query.to(query.dtype), grad_key, grad_value
+    grad_sinks = gradient_of_sinks(sinks, grad, out, log_sum)
+    return gradient.grad_query.to(query.dtype), grad_key, grad_value, grad_sinks

@@ -56,7 +56,14 @@ def choose_backend(query: Tensor, requested: str = "auto") -> str:
 
 
 def attention_block(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, backend: str, lengths: Lengths | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float,
+    backend: str,
+    lengths: Lengths | None = None,
+    window: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """softmax(query key^T * scale) value over these keys alone.
 
@@ -67,22 +74,28 @@ def attention_block(
         scale: factor on the scores.
         backend: one of BACKENDS.
         lengths: packed sequences, each attending to itself, b = 1; for the backends of CUDA only.
+        window: of a causal block, how many keys before its own a query sees; -1 for all.
 
     Returns:
         The output [sq, b, n, d] in query's dtype, and the logarithm of the softmax's denominator [sq, b, n] in float32
         (float64 for float64).
     """
-    if _takes_flash(backend, key, lengths):
-        return _flash(query, key, value, causal, scale, lengths)
+    if _takes_flash(backend, key, lengths, window):
+        return _flash(query, key, value, causal, scale, lengths, window)
     q, k, v = (_heads_first(x) for x in (query, key, value))
     if backend == "cudnn":
         arguments = (None, True, 0.0, causal, False)  # no bias, with log_sum, no dropout, no debug mask
         out, log_sum = _aten._scaled_dot_product_cudnn_attention(q, k, v, *arguments, scale=scale)[:2]
         log_sum = log_sum.squeeze(-1)
     elif backend == "flash_cpu":
-        out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        # The kernel takes a triangle, or any mask.
+        mask = None if window < 0 else _additive(q, k, window)
+        triangle = causal and mask is None
+        out, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, triangle, attn_mask=mask, scale=scale
+        )
     else:
-        out, log_sum = _eager(q, _repeat(k, q), _repeat(v, q), causal, scale)
+        out, log_sum = _eager(q, _repeat(k, q), _repeat(v, q), causal, scale, window)
     return out.permute(2, 0, 1, 3), log_sum.permute(2, 0, 1)
 
 
@@ -97,6 +110,7 @@ def attention_block_backward(
     scale: float,
     backend: str,
     lengths: Lengths | None = None,
+    window: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this block's queries [sq, b, n, d], keys and values [sk, b, g, d].
 
@@ -104,10 +118,10 @@ def attention_block_backward(
         grad: gradient of the combined output, [sq, b, n, d].
         out: the output combined over all blocks of these queries, [sq, b, n, d] in query's dtype.
         log_sum: the combined logarithm of the denominator, [sq, b, n].
-        query, key, value, causal, scale, backend, lengths: as in attention_block.
+        query, key, value, causal, scale, backend, lengths, window: as in attention_block.
     """
-    if _takes_flash(backend, key, lengths):
-        return _flash_backward(grad, query, key, value, out, log_sum, causal, scale, lengths)
+    if _takes_flash(backend, key, lengths, window):
+        return _flash_backward(grad, query, key, value, out, log_sum, causal, scale, lengths, window)
     if backend == "cudnn":
         return _cudnn_backward(grad, query, key, value, out, log_sum, causal, scale)
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
@@ -116,11 +130,13 @@ def attention_block_backward(
     shared = backend == "flash_cpu" and q.element_size() > 2
     keys, values = (k, v) if shared else (_repeat(k, q), _repeat(v, q))
     if backend == "flash_cpu":
+        mask = None if window < 0 else _additive(q, k, window)
+        triangle = causal and mask is None
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, keys, values, o, sums, 0.0, causal, scale=scale
+            g, q, keys, values, o, sums, 0.0, triangle, attn_mask=mask, scale=scale
         )
     else:
-        dq, dk, dv = _eager_backward(g, q, keys, values, o, sums, causal, scale)
+        dq, dk, dv = _eager_backward(g, q, keys, values, o, sums, causal, scale, window)
     dq, dk, dv = (x.permute(2, 0, 1, 3) for x in (dq, _sum_repeated(dk, k), _sum_repeated(dv, v)))
     return dq, dk, dv
 
@@ -139,18 +155,25 @@ def merge(out: Tensor, log_sum: Tensor, block_out: Tensor, block_log_sum: Tensor
     torch.logaddexp(log_sum, block_log_sum, out=log_sum)
 
 
-def _takes_flash(backend: str, key: Tensor, lengths: Lengths | None) -> bool:
-    """Flash also does what cuDNN cannot, a single key, or does badly: it plans anew for each sequence's length."""
-    return backend == "flash" or (backend == "cudnn" and (lengths is not None or key.size(0) == 1))
+def _takes_flash(backend: str, key: Tensor, lengths: Lengths | None, window: int) -> bool:
+    """Flash also does what cuDNN cannot (a single key, a window) or does badly: it plans anew for each length."""
+    return backend == "flash" or (backend == "cudnn" and (lengths is not None or key.size(0) == 1 or window >= 0))
+
+
+def _window_of_flash(window: int) -> dict[str, int]:
+    """The kernel's arguments for a window of a causal block."""
+    return {} if window < 0 else {"window_size_left": window, "window_size_right": 0}
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, lengths: Lengths | None
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, lengths: Lengths | None, window: int
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention on CUDA. It wants [b, s, n, d], or packed [s, n, d], and takes fewer key heads as they are."""
     q, k, v = (_rows_second(x, lengths) for x in (query, key, value))
     places = lengths or (None, None, query.size(0), key.size(0))
-    out, log_sum = _aten._flash_attention_forward(q, k, v, *places, 0.0, causal, False, scale=scale)[:2]
+    out, log_sum = _aten._flash_attention_forward(
+        q, k, v, *places, 0.0, causal, False, scale=scale, **_window_of_flash(window)
+    )[:2]
     if lengths is not None:  # log_sum is [b, n, s], or [n, s] of packed rows
         return out.unsqueeze(1), log_sum.t().unsqueeze(1)
     return out.transpose(0, 1), log_sum.permute(2, 0, 1)
@@ -166,13 +189,21 @@ def _flash_backward(
     causal: bool,
     scale: float,
     lengths: Lengths | None,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (_rows_second(x, lengths) for x in (grad, query, key, value, out))
     sums = log_sum.permute(1, 2, 0) if lengths is None else log_sum.squeeze(1).t()
     places = lengths or (None, None, query.size(0), key.size(0))
     # The kernel reads log_sum as plain memory.
     grads = _aten._flash_attention_backward(
-        *tensors, sums.contiguous(), *places, 0.0, causal, *_no_random_state(query), scale=scale
+        *tensors,
+        sums.contiguous(),
+        *places,
+        0.0,
+        causal,
+        *_no_random_state(query),
+        scale=scale,
+        **_window_of_flash(window),
     )
     dq, dk, dv = (x.transpose(0, 1) if lengths is None else x.unsqueeze(1) for x in grads)
     return dq, dk, dv
@@ -234,25 +265,37 @@ def _sum_repeated(grad: Tensor, key: Tensor) -> Tensor:
     return grad if grad.size(1) == key.size(1) else grad.unflatten(1, (key.size(1), -1)).sum(2)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+def _hidden(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[sq, sk]: where the queries of a causal block may not look, at later keys and at those before the window."""
+    later = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
+    return later if window < 0 else later | ~torch.ones_like(later).triu(-window)
+
+
+def _additive(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """The same as numbers to add to the scores, [1, 1, sq, sk] in the dtype of q."""
+    hidden = _hidden(q.size(-2), k.size(-2), window, q.device)
+    return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)[None, None]
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: int) -> Tensor:
     """[b, n, sq, sk] in float32 (float64 for float64), -inf where a query may not look."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ k.to(dtype).transpose(-2, -1) * scale
     if causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
+        scores.masked_fill_(_hidden(q.size(-2), k.size(-2), window, q.device), -math.inf)
     return scores
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, causal, scale)
+def _eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, causal, scale, window)
     log_sum = scores.logsumexp(dim=-1)
     return ((scores - log_sum.unsqueeze(-1)).exp() @ v.to(scores.dtype)).to(q.dtype), log_sum
 
 
 def _eager_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    probabilities = (_scores(q, k, causal, scale) - log_sum.unsqueeze(-1)).exp()
+    probabilities = (_scores(q, k, causal, scale, window) - log_sum.unsqueeze(-1)).exp()
     grad, wide = grad.to(probabilities.dtype), probabilities.dtype
     grad_value = probabilities.transpose(-2, -1) @ grad
     grad_probabilities = grad @ v.to(wide).transpose(-2, -1)

@@ -17,6 +17,9 @@ class PipelineConfig(ModelParallelConfig):
     """How layers are split into stages, and in which order the stages work. Names and defaults are Megatron's."""
 
     num_layers: int = knob(0, "Number of transformer layers.")
+    mtp_num_layers: int | None = knob(
+        None, "Multi-token prediction: so many tokens more are predicted, each with a layer behind the last."
+    )
     pipeline_schedule: str | None = knob(
         None,
         "In which order stages work on micro-batches; default 1f1b, or interleaved with several chunks a rank.",
@@ -39,7 +42,9 @@ class PipelineConfig(ModelParallelConfig):
     account_for_embedding_in_pipeline_split: bool = knob(False, "Count the embedding as a layer of the first stage.")
     account_for_loss_in_pipeline_split: bool = knob(False, "Count output layer and loss as a layer of the last stage.")
     pipeline_model_parallel_layout: str | None = knob(
-        None, "All stages, as 'Et*3|(t|)*2tL': E embedding, t layer, L loss, | ends a stage; x*n and (...)*n repeat."
+        None,
+        "All stages, as 'Et*3|(t|)*2tmL': E embedding, t layer, m layer of multi-token prediction, L loss, | ends a "
+        "stage; x*n and (...)*n repeat.",
     )
 
     @property
@@ -66,7 +71,7 @@ class PipelineConfig(ModelParallelConfig):
         if text is None or pp < 1:
             return None
         try:
-            return len(parse_layout(text, self.num_layers, 1).stages) // pp or None
+            return len(parse_layout(text, self.num_layers, 1, self.mtp_num_layers or 0).stages) // pp or None
         except ConfigError:
             return None
 
@@ -86,7 +91,8 @@ class PipelineConfig(ModelParallelConfig):
         """
         v_shaped, pp = self.schedule in V_SHAPED, self.pipeline_model_parallel_size
         if self.pipeline_model_parallel_layout is not None:
-            return parse_layout(self.pipeline_model_parallel_layout, self.num_layers, pp, v_shaped=v_shaped)
+            text, depths = self.pipeline_model_parallel_layout, self.mtp_num_layers or 0
+            return parse_layout(text, self.num_layers, pp, depths, v_shaped=v_shaped)
         return even_layout(
             self.num_layers,
             pp,
@@ -118,6 +124,8 @@ class PipelineConfig(ModelParallelConfig):
             for flag, value in counts.items()
             if value is not None and value < 1
         ]
+        if self.mtp_num_layers is not None and self.mtp_num_layers < 1:
+            found.append(f"mtp_num_layers is {self.mtp_num_layers}, but must be at least 1: leave it out for none.")
         if found or pp < 1:
             return found
         if pp == 1:

@@ -192,9 +192,12 @@ def _uneven_sizes(num_layers: int, ranks: int, chunks: int, first: int | None, l
 _LONGEST = 100_000
 
 
-def parse_layout(text: str, num_layers: int, ranks: int, *, v_shaped: bool = False) -> PipelineLayout:
-    """Megatron's layout string, "E|(t|)*3t|tL": E the embedding, t a layer, L the loss, | the end of a stage.
+def parse_layout(
+    text: str, num_layers: int, ranks: int, mtp_num_layers: int = 0, *, v_shaped: bool = False
+) -> PipelineLayout:
+    """Megatron's layout string, "E|(t|)*3t|tmL": E the embedding, t a layer, L the loss, | the end of a stage.
 
+    m is a layer of multi-token prediction. These all stand before the loss, and the string may leave them out.
     `x*n` and `(...)*n` repeat; commas and spaces are for the eye. Stages go round and round over the ranks, or in a V.
 
     Raises:
@@ -202,17 +205,27 @@ def parse_layout(text: str, num_layers: int, ranks: int, *, v_shaped: bool = Fal
     """
     stages = _expand(text).split("|")
     for number, stage in enumerate(stages):
-        if not re.fullmatch("E?t*L?", stage):
-            what = "multi-token prediction (m) comes in a later version" if "m" in stage else "E, then t's, then L"
+        if not re.fullmatch("E?t*(m*L)?", stage):
+            rule = (
+                "layers of multi-token prediction (m) stand before L in its stage"
+                if "m" in stage
+                else ("a stage holds E, then t's, then L")
+            )
             raise ConfigError(
-                f"pipeline_model_parallel_layout is {text!r}, whose stage {number} is {stage!r}, but a stage holds "
-                f"{what}: write for example 'Et|(t|)*2tL'."
+                f"pipeline_model_parallel_layout is {text!r}, whose stage {number} is {stage!r}, but {rule}: write for "
+                f"example 'Et|(t|)*2t{'m' * ('m' in stage)}L'."
             )
     layers = sum(stage.count("t") for stage in stages)
     if layers != num_layers:
         raise ConfigError(
             f"pipeline_model_parallel_layout is {text!r}, which has {layers} layers (t), but num_layers is "
             f"{num_layers}: add or remove some."
+        )
+    depths = sum(stage.count("m") for stage in stages)
+    if depths not in (0, mtp_num_layers):
+        raise ConfigError(
+            f"pipeline_model_parallel_layout is {text!r}, which has {depths} layers of multi-token prediction (m), but "
+            f"mtp_num_layers is {mtp_num_layers or None}: add or remove some, or leave them out."
         )
     held = iter(range(layers))
     parsed = tuple(Stage(tuple(next(held) for _ in range(s.count("t"))), "E" in s, "L" in s) for s in stages)

@@ -86,7 +86,8 @@ class PipelinedForwardBackward:
         hidden = torch.empty(length, batch, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         number = torch.empty(1, dtype=torch.int64, device="meta")
         of_losses = torch.float64 if config.params_dtype == torch.float64 else torch.float32
-        losses = torch.empty(positions.shape, dtype=of_losses, device="meta", requires_grad=True)
+        depths = () if forward_only or not config.mtp_num_layers else (1 + config.mtp_num_layers,)
+        losses = torch.empty((*depths, *positions.shape), dtype=of_losses, device="meta", requires_grad=True)
         last = len(layout.stages) - 1
         stages = [
             _Stage(

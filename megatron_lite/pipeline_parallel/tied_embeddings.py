@@ -1,6 +1,7 @@
 """Tied embeddings under pipelining: the first stage has the word embeddings, the last a copy as its output layer.
 
-Both have the same initial values (they are drawn by one name), get the same gradient, the sum of both, and so stay
+So has the last stage of a model with multi-token prediction, which embeds tokens, whether its output layer is tied or
+not. Both have the same initial values (they are drawn by one name), get the same gradient, the sum of both, and so stay
 bit-equal. The copy is declared by ParameterSpec.copy_of.
 """
 
@@ -34,7 +35,7 @@ def tied_weights(chunks: Sequence[nn.Module]) -> TiedWeights | None:
             if spec.copy_of:
                 return TiedWeights(parameters.get(spec.copy_of), parameters[name])
     for chunk, (begins, stops) in zip(chunks, ends, strict=True):
-        if begins and not stops and getattr(chunk, "share_embeddings_and_output_weights", False):
+        if begins and not stops and getattr(chunk, "has_copy_of_embeddings", False):
             return TiedWeights(chunk.embedding.word_embeddings.weight, None)  # type: ignore[union-attr, arg-type]
     return None
 

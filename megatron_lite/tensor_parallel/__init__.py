@@ -1,5 +1,6 @@
 """Tensor and sequence parallelism: collectives with a gradient, and the layers and loss built on them."""
 
+from megatron_lite.tensor_parallel.checkpoint_without_output import CheckpointWithoutOutput
 from megatron_lite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_lite.tensor_parallel.linear import linear_with_grad_accumulation_and_async_allreduce
@@ -26,11 +27,14 @@ from megatron_lite.tensor_parallel.parameters import (
     named_parameter_specs,
 )
 from megatron_lite.tensor_parallel.random import checkpoint, get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron_lite.tensor_parallel.replicated_linear import ReplicatedLinear
 from megatron_lite.tensor_parallel.utils import VocabUtility, broadcast_data, divide, split_tensor_along_last_dim
 
 __all__ = [
+    "CheckpointWithoutOutput",
     "ColumnParallelLinear",
     "ParameterSpec",
+    "ReplicatedLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "VocabUtility",

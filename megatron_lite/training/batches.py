@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.context_parallel import PackedSeqParams, get_batch_on_this_cp_rank
 from megatron_lite.errors import ConfigError
+from megatron_lite.models.gpt.future_tokens import future_tokens
 
 MicroBatch = dict[str, Any]
 """What the model reads, by name. Tensors: tokens, labels, position_ids int64 [b, s / cp]; loss_mask float [b, s / cp].
@@ -19,12 +20,16 @@ Optionally packed_seq_params, a PackedSeqParams on the host, where documents are
 TEXT = ("tokens", "labels", "loss_mask")
 """What of a sample only the ends of a pipeline read; the rest is read by every stage."""
 
+FUTURE = ("future_tokens", "future_labels", "future_loss_mask")
+"""The FutureTokens of a micro-batch, [b, s / cp, depths] each, where multi-token prediction reads them."""
+
 
 def names_read(model_chunks: Sequence[nn.Module]) -> set[str]:
     """Which of TEXT the pipeline stages of this rank read."""
     names: set[str] = set()
     for chunk in model_chunks:
-        names |= {"tokens"} if chunk.pre_process else set()
+        predicts_further = getattr(chunk, "mtp", None) is not None
+        names |= {"tokens"} if chunk.pre_process or predicts_further else set()
         names |= {"labels", "loss_mask"} if chunk.post_process else set()
     return names
 
@@ -53,6 +58,7 @@ class MicroBatchStream:
         cp_group: ProcessGroup | None = None,
         padding: int = 0,
         names: Collection[str] = TEXT,
+        depths: int = 0,
     ) -> None:
         """Prepare to read.
 
@@ -63,10 +69,12 @@ class MicroBatchStream:
             cp_group: ranks over which each sequence is split; default the global context parallel group.
             padding: masked tokens to append to each sequence before the split.
             names: which of TEXT to hand out; the others are dropped (`names_read`).
+            depths: of multi-token prediction, whose FUTURE is handed out with the labels.
         """
         self._iterator: Iterator[Mapping[str, Any]] = iter(loader)
         self._device, self._cp_group, self._padding = device, cp_group, padding
         self._dropped = set(TEXT) - set(names)
+        self._depths = depths if "labels" in names else 0
 
     def next_global_batch(self, num_microbatches: int) -> list[MicroBatch]:
         """The next `num_microbatches` micro-batches of this rank.
@@ -89,12 +97,14 @@ class MicroBatchStream:
                 # A worker process wraps its message in its traceback.
                 raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from error
             needed = {name: value for name, value in batch.items() if name not in self._dropped}
-            mine = prepare(needed, self._cp_group, self._padding)
+            mine = prepare(needed, self._cp_group, self._padding, self._depths)
             batches.append({name: _send(value, self._device) for name, value in mine.items()})
         return batches
 
 
-def prepare(batch: Mapping[str, Any], cp_group: ProcessGroup | None = None, padding: int = 0) -> MicroBatch:
+def prepare(
+    batch: Mapping[str, Any], cp_group: ProcessGroup | None = None, padding: int = 0, depths: int = 0
+) -> MicroBatch:
     """This rank's part of a collated batch of samples, still on the host. The batch itself is left as it is.
 
     Args:
@@ -102,14 +112,18 @@ def prepare(batch: Mapping[str, Any], cp_group: ProcessGroup | None = None, padd
         cp_group: ranks over which each sequence is split; default the global context parallel group.
         padding: tokens to append to each sequence before the split. They count nothing in the loss, and no real token
             attends to them, because they come last and belong to no document.
+        depths: of multi-token prediction: FUTURE is added, taken from the whole sequences.
 
     Raises:
         ConfigError: the length of the sequences, padding included, is not divisible by cp_size * 2.
     """
     tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > 1}
     starts = tensors.pop("document_starts", None)
+    if depths:
+        future = future_tokens(tensors["tokens"], tensors["labels"], tensors["loss_mask"], depths, starts)
+        tensors |= dict(zip(FUTURE, future, strict=True))
     if padding:
-        tensors = {name: F.pad(tensor, (0, padding)) for name, tensor in tensors.items()}
+        tensors = {name: F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) for name, x in tensors.items()}
     mine: MicroBatch = dict(get_batch_on_this_cp_rank(tensors, cp_group))
     if starts is not None:
         mine["packed_seq_params"] = packed_documents(starts, padding)

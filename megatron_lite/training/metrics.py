@@ -20,7 +20,7 @@ class IterationRecord:
         consumed_samples: sequences trained on, this iteration included.
         elapsed_ms: wall time of the iteration in milliseconds.
         tokens: tokens in its global batch.
-        values: named results: lm_loss, grad_norm, learning_rate, loss_scale, skipped, nan, ...
+        values: named results: lm_loss, mtp_1_loss, ..., grad_norm, learning_rate, loss_scale, skipped, nan, ...
         experts: statistics of the experts over the log interval that this iteration ends; empty otherwise.
     """
 

@@ -66,6 +66,7 @@ def record_run(config: RunConfig, device: torch.device, steps: int, bound: float
         "cp_group": parallel_state.get_context_parallel_group(),
         "forward_backward_func": get_forward_backward_func(config.transformer),
         "per_token_loss": config.transformer.calculate_per_token_loss,
+        "mtp_loss_weights": config.transformer.mtp_loss_weights,
     }
     record = LayoutRecord()
     record.initial = {

@@ -35,6 +35,7 @@ from megatron_lite.training.train import Run
 from megatron_lite.training.writers import Writers
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.transformer.transformer_layer import TransformerLayer
 
 
 def build_gpt(
@@ -72,10 +73,9 @@ def build_model(
     for number in layout.stages_of(parallel_state.get_pipeline_model_parallel_rank()):
         model = build_gpt(transformer, gpt, vocab_size, max_sequence_length, layout.stages[number])
         if compile_layers:
-            for index, layer in model.decoder.layers.items():
+            for layer in [module for module in model.modules() if isinstance(module, TransformerLayer)]:
                 # How many rows an expert gets, and the exchange of tokens, are known only as they come.
-                has_experts = is_moe_layer(transformer, int(index) + 1)
-                compiled = layer.get_submodule("self_attention") if has_experts else layer
+                compiled = layer.self_attention if is_moe_layer(transformer, layer.layer_number) else layer
                 compiled.compile(fullgraph=True)
         wrap_data_parallel(
             model, transformer, ddp, parallel_state.get_dense_mesh(), expert_mesh=parallel_state.get_expert_mesh()
@@ -200,7 +200,7 @@ def data_streams(
     exit_signal = signal.Signals[config.training.exit_signal] if config.training.exit_signal_handler else None
     cp_group = parallel_state.get_context_parallel_group()
     padding = config.padded_sequence_length - config.sequence_length
-    names = names_read(model_chunks)
+    names, depths = names_read(model_chunks), config.transformer.mtp_num_layers or 0
     by_position = names.isdisjoint(TEXT) and not config.data.positions_depend_on_text
     streams: list[MicroBatchStream | None] = []
     for samples, start in zip(datasets, consumed, strict=True):
@@ -215,7 +215,8 @@ def data_streams(
             num_workers=config.data.num_workers,
             exit_signal=exit_signal,
         )
-        streams.append(None if loader is None else MicroBatchStream(loader, device, cp_group, padding, names))
+        stream = None if loader is None else MicroBatchStream(loader, device, cp_group, padding, names, depths)
+        streams.append(stream)
     return streams
 
 

@@ -109,6 +109,7 @@ def one_iteration(run: Run) -> None:
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             forward_backward_func=run.forward_backward_func,
             per_token_loss=config.transformer.calculate_per_token_loss,
+            mtp_loss_weights=config.transformer.mtp_loss_weights,
         )
         record = IterationRecord(
             iteration=progress.iteration,
@@ -136,6 +137,7 @@ def step_scalars(output: StepOutput, config: RunConfig, optimizer: MegatronOptim
         "skipped": output.found_inf,
         "nan": none if expected else output.found_inf,
     }
+    scalars |= {f"mtp_{depth}_loss": loss for depth, loss in enumerate(output.mtp_losses.unbind(), start=1)}
     if output.num_zeros is not None:
         scalars["num_zeros"] = output.num_zeros
     if config.logger.log_params_norm:

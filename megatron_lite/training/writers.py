@@ -26,7 +26,10 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
     last = records[-1]
     elapsed_ms = sum(record.elapsed_ms for record in records) / len(records)
     trained = [record for record in records if math.isfinite(record.values["lm_loss"])] or list(records)
-    loss = sum(record.values["lm_loss"] for record in trained) / len(trained)
+
+    def mean(name: str) -> float:
+        return sum(record.values[name] for record in trained) / len(trained)
+
     skipped = sum(int(record.values["skipped"]) for record in records)
     not_a_number = sum(int(record.values["nan"]) for record in records)
 
@@ -41,7 +44,8 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
     parts += [
         f"learning rate: {last.values['learning_rate']:.6E}",
         f"global batch size: {last.global_batch_size:5d}",
-        f"lm loss: {loss:.6E}",
+        f"lm loss: {mean('lm_loss'):.6E}",
+        *(f"{tag}: {mean(name):.6E}" for name, tag in mtp_losses(last).items()),
         *describe_experts(last.experts),
         f"loss scale: {last.values['loss_scale']:.1f}",
         f"grad norm: {last.values['grad_norm']:.3f}",
@@ -56,6 +60,11 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
         f"time left: {duration((total_iterations - last.iteration) * elapsed_ms / 1000.0)}",
     ]
     return " | ".join(parts) + " |"
+
+
+def mtp_losses(record: IterationRecord) -> dict[str, str]:
+    """The names of the losses of multi-token prediction among a record's values, and Megatron's for them."""
+    return {name: name.replace("_loss", " loss") for name in record.values if name.startswith("mtp_")}
 
 
 def describe_experts(experts: dict[str, float]) -> list[str]:
@@ -162,6 +171,7 @@ class Writers:
             "learning-rate": values["learning_rate"],
             "batch-size": record.global_batch_size,
             "lm loss": values["lm_loss"],
+            **{tag: values[name] for name, tag in mtp_losses(record).items()},
             "grad-norm": values["grad_norm"],
             "iteration-time": record.elapsed_ms / 1000.0,
         }

@@ -1,7 +1,9 @@
-"""Scaled dot product attention: causal, sliding-window and explicit masks, packed documents, context parallelism."""
+"""Scaled dot product attention: masks, sliding windows, sinks, packed documents, context parallelism."""
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,11 @@ from megatron_lite.context_parallel.attention import ContextParallelism
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops.attention_block import choose_backend
 from megatron_lite.process_groups import ProcessGroupCollection
+from megatron_lite.tensor_parallel.parameters import create_parameter, local
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_lite.transformer.enums import AttnMaskType
-from megatron_lite.transformer.module import MegatronModule
-from megatron_lite.transformer.transformer_config import TransformerConfig, cp_comm_type_of, uses_window
+from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
+from megatron_lite.transformer.transformer_config import TransformerConfig, cp_comm_type_of, normal_init, uses_window
 
 _BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION],
@@ -27,7 +30,11 @@ _BACKENDS = {
 
 
 class DotProductAttention(MegatronModule):
-    """softmax(query key^T * scale + mask) value, for the heads of this tensor parallel rank. No parameters.
+    """softmax(query key^T * scale + mask) value, for the heads of this tensor parallel rank.
+
+    Parameters: with softmax_type learnable, softmax_offset [n], split over the tensor parallel ranks like the heads:
+    the score of a sink (Xiao et al. 2023, arXiv:2309.17453), one more key of each head whose value is zero. With
+    off-by-one that score is 0.
 
     The softmax is computed in float32 (float64 for float64 input) by every backend. Dropout on the probabilities
     draws from the model parallel stream, because the heads differ between tensor parallel ranks.
@@ -36,14 +43,15 @@ class DotProductAttention(MegatronModule):
     attention of its queries to the whole sequence; cp_comm_type says how the ranks exchange what that takes.
 
     Args:
-        config: supplies attention_dropout, window_size, window_attn_skip_freq, softmax_scale, attention_backend.
+        config: supplies attention_dropout, window_size, window_attn_skip_freq, softmax_type, softmax_scale,
+            attention_backend.
         layer_number: number of the layer, counted from 1; decides about the sliding window.
         attn_mask_type: default causal for self-attention and no_mask for cross-attention.
         attention_type: "self" or "cross".
         attention_dropout: default config.attention_dropout.
         softmax_scale: default config.softmax_scale, else 1 / sqrt(d).
         cp_comm_type: "p2p", "all_gather", "a2a" or "a2a+p2p"; default the layer's in config.cp_comm_type.
-        pg_collection: process groups, of which cp and hcp count; default the global ones.
+        pg_collection: process groups, of which tp, cp and hcp count; default the global ones.
 
     Raises:
         ConfigError: an unknown attention_type, a sliding window or attention dropout that cp_comm_type cannot do, or
@@ -51,6 +59,7 @@ class DotProductAttention(MegatronModule):
     """
 
     config: TransformerConfig
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -73,6 +82,7 @@ class DotProductAttention(MegatronModule):
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.window_size = config.window_size if uses_window(config, layer_number) else None
+        self._create_sinks(tensor_parallel_group(pg_collection))
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp", "hcp"])
         self.context = ContextParallelism.of(cp_comm_type or cp_comm_type_of(config, layer_number), groups)
         self._check_context()
@@ -109,50 +119,110 @@ class DotProductAttention(MegatronModule):
                 do not fit each other, or the tokens are not those of packed_seq_params.
         """
         packed = packed_seq_params if packed_seq_params is not None and packed_seq_params.is_packed else None
+        scale = 1.0 / math.sqrt(query.size(-1)) if self.softmax_scale is None else self.softmax_scale
         self._check_inputs(query, key, value, attention_mask, attention_bias, packed)
         causal = (attn_mask_type or self.attn_mask_type).is_causal
-        if self.context.size == 1 and packed is None:
-            return self._attend(query, key, value, attention_mask, causal).flatten(2)
-        if query.dim() == 3:
+        if packed is None:
+            context = self._attend_sequences(query, key, value, attention_mask, causal, scale)
+        elif query.dim() == 3:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            return self.forward(
-                query, key, value, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params
-            ).squeeze(1)
-        if packed is not None and query.size(1) > 1:
+            context = self._attend_row(query, key, value, packed, causal, scale).squeeze(1)
+        else:
             length, batch = query.shape[:2]
             query, key, value = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (query, key, value))
-            row = self.forward(query, key, value, attn_mask_type=attn_mask_type, packed_seq_params=packed_seq_params)
-            return row.view(batch, length, -1).transpose(0, 1)
-        scale = 1.0 / math.sqrt(query.size(-1)) if self.softmax_scale is None else self.softmax_scale
-        needs_mask = self.window_size is not None or (self.attention_dropout > 0.0 and self.training)
+            row = self._attend_row(query, key, value, packed, causal, scale)
+            context = row.view(batch, length, *row.shape[2:]).transpose(0, 1)
+        return context.flatten(-2)
 
-        def attend_whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if packed is None:
-                return self._attend(query, key, value, None, causal)
-            return self._attend_documents(query, key, value, packed.layout, causal)
+    def _attend_sequences(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    ) -> Tensor:
+        """Plain sequences: [sq, b, n, d] -> [sq, b, n, d]."""
+        sinks, one_length = self.sinks(query), query.size(0) == key.size(0)
+        plain = sinks is None and self.window_size is None
+        if self.context.size == 1 and (plain or mask is not None or not one_length or not self._fits_blocks(causal)):
+            return self._attend(query, key, value, sinks, mask, causal, scale)
+        whole = functools.partial(self._attend, mask=None, causal=causal, scale=scale)
+        whole_if = whole if plain or not self._fits_blocks(causal) else None
+        return self._attend_context(query, key, value, sinks, None, causal, scale, whole_if)
 
+    def _attend_row(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, causal: bool, scale: float
+    ) -> Tensor:
+        """Packed documents: [t, 1, n, d] -> [t, 1, n, d]."""
+        whole = functools.partial(self._attend_documents, layout=packed.layout, causal=causal, scale=scale)
+        whole_if = None if self._fits_blocks(causal) else whole
+        return self._attend_context(query, key, value, self.sinks(query), packed, causal, scale, whole_if)
+
+    def _attend_context(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        packed: PackedSeqParams | None,
+        causal: bool,
+        scale: float,
+        attend_whole: Callable[..., Tensor] | None,
+    ) -> Tensor:
+        backend = choose_backend(query, self.config.attention_backend)
+        window = -1 if self.window_size is None else self.window_size[0]
         return self.context.attend(
-            query,
-            key,
-            value,
-            packed,
-            causal,
-            scale,
-            choose_backend(query, self.config.attention_backend),
-            attend_whole if packed is None or needs_mask else None,
-        ).flatten(2)
+            query, key, value, packed, causal, scale, backend, attend_whole, sinks=sinks, window=window
+        )
+
+    def _fits_blocks(self, causal: bool) -> bool:
+        """Whether attention in blocks can do it: no dropout, and windows under a causal mask only."""
+        drops = self.attention_dropout > 0.0 and self.training
+        return not drops and (self.window_size is None or causal)
+
+    def sinks(self, query: Tensor) -> Tensor | None:
+        """The scores [n] of the sinks of this rank's heads; None where there are none."""
+        if self.config.softmax_type == "vanilla":
+            return None
+        if self.softmax_offset is None:
+            return torch.zeros(query.size(-2), device=query.device)
+        return local(self.softmax_offset)
+
+    def _create_sinks(self, group: torch.distributed.ProcessGroup | None) -> None:
+        if self.config.softmax_type != "learnable":
+            self.register_parameter("softmax_offset", None)
+            return
+        create_parameter(
+            self,
+            "softmax_offset",
+            (self.config.num_attention_heads,),
+            init_method=normal_init(self.config.init_method_std),
+            dtype=self.config.main_params_dtype,
+            device=torch.device("cpu") if self.config.use_cpu_initialization else None,
+            shard_dim=0,
+            group=group,
+            perform_initialization=self.config.perform_initialization,
+        )
 
     def prepare(self, packed_seq_params: PackedSeqParams) -> None:
         """Work out the blocks of packed rows before they are needed inside a compiled layer."""
         self.context.plan(0, packed_seq_params, self.attn_mask_type.is_causal)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
         """Attention of whole sequences by torch's SDPA: [sq, b, n, d] -> [sq, b, n, d]."""
         lengths = query.size(0), key.size(0)
-        plain = mask is None and self._needs_no_mask(*lengths, causal)
+        plain = mask is None and sinks is None and self._needs_no_mask(*lengths, causal)
         visible = None if plain else visible_positions(*lengths, causal, self.window_size, query.device)
         if visible is not None and mask is not None:
             visible = visible & ~mask
+        if visible is not None and sinks is not None:
+            key, value = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (key, value))
+            visible = _with_sinks(visible, sinks, query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         with contextlib.ExitStack() as scope:
             if dropout > 0.0:
@@ -166,13 +236,20 @@ class DotProductAttention(MegatronModule):
                 attn_mask=visible,
                 dropout_p=dropout,
                 is_causal=plain and causal and lengths[0] > 1,
-                scale=self.softmax_scale,
+                scale=scale,
                 enable_gqa=key.size(2) != query.size(2),
             )
         return context.permute(2, 0, 1, 3)
 
     def _attend_documents(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        layout: SequenceLayout,
+        causal: bool,
+        scale: float,
     ) -> Tensor:
         """Packed documents by an explicit mask, for what the blocks cannot do: [t, 1, n, d] -> [t, 1, n, d]."""
         document = layout.document_of_token().to(query.device)
@@ -180,7 +257,7 @@ class DotProductAttention(MegatronModule):
         query, key, value = (x.view(rows, -1, *x.shape[2:]).transpose(0, 1) for x in (query, key, value))
         document = document.view(rows, 1, -1)
         forbidden = (document.unsqueeze(-1) != document.unsqueeze(-2)) | (document < 0).unsqueeze(-1)
-        out = self._attend(query, key, value, forbidden, causal)
+        out = self._attend(query, key, value, sinks, forbidden, causal, scale)
         return out.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
     def _check_context(self) -> None:
@@ -240,6 +317,14 @@ class DotProductAttention(MegatronModule):
         reaches_back = left < 0 or left >= key_length - 1
         reaches_on = causal or right < 0 or right >= key_length - 1
         return reaches_back and reaches_on and (not causal or query_length in (1, key_length))
+
+
+def _with_sinks(visible: Tensor, sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores of the keys, and of one more key behind them: [1 or b, n, sq, sk + 1] in `dtype`."""
+    hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -math.inf)
+    shape = (*torch.broadcast_shapes(visible.shape[:-2], (1, sinks.size(0))), *visible.shape[-2:])
+    column = sinks.to(dtype).view(1, -1, 1, 1).expand(*shape[:-1], 1)
+    return torch.cat((hidden.expand(shape), column), dim=-1)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:

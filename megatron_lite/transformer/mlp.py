@@ -25,6 +25,25 @@ def activation_function(config: TransformerConfig) -> Callable[[Tensor], Tensor]
     return config.activation_func
 
 
+def gated_activation(config: TransformerConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """(gate, up) -> activation(gate) * (up + glu_linear_offset), both cut off at activation_func_clamp_value.
+
+    A gate is cut off above only, as gpt-oss does (OpenAI 2025, arXiv:2508.10925, section 2.2).
+    """
+    activation, clamp, offset = (
+        activation_function(config),
+        config.activation_func_clamp_value,
+        config.glu_linear_offset,
+    )
+
+    def activate(gate: Tensor, up: Tensor) -> Tensor:
+        if clamp is not None:
+            gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+        return activation(gate) * (up + offset if offset else up)
+
+    return activate
+
+
 class MLP(MegatronModule):
     """linear_fc2(activation(linear_fc1(x))), or linear_fc2(activation(gate) * up) if gated; [s, b, h] -> [s, b, h].
 
@@ -57,7 +76,7 @@ class MLP(MegatronModule):
         width = ffn_hidden_size or config.ffn_hidden_size
         assert width is not None, "TransformerConfig derives ffn_hidden_size"
         self.gated = config.gated_linear_unit
-        self.activation = activation_function(config)
+        self.activation, self.gated_activation = activation_function(config), gated_activation(config)
         self.linear_fc1 = ColumnParallelLinear(
             input_size or config.hidden_size,
             2 * width if self.gated else width,
@@ -85,7 +104,7 @@ class MLP(MegatronModule):
         if not self.gated:
             return self.linear_fc2(self.activation(self.linear_fc1(hidden_states)))
         gate, up = self._gate_and_up(hidden_states)
-        return self.linear_fc2(self.activation(gate) * up)
+        return self.linear_fc2(self.gated_activation(gate, up))
 
     def _gate_and_up(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves of linear_fc1's output, each [s, b, f/tp].

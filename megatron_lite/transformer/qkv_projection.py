@@ -16,21 +16,28 @@ def build_qkv_projection(config: TransformerConfig, group: ProcessGroup | None) 
     """linear_qkv: [s, b, h] (sequence parallel [s/tp, b, h]) -> this rank's [s, b, groups x (queries, key, value) x d].
 
     The logical weight is [g (n/g + 2) d, h], the rows of each query group together: its queries, its key, its value.
-    With at least as many groups as ranks, each rank holds whole groups. With fewer, several ranks share a group.
+    With attention_output_gate it is [g (2 n/g + 2) d, h], the gates of a group behind its queries. With at least as
+    many groups as ranks, each rank holds whole groups. With fewer, several ranks share a group.
     """
     assert config.num_query_groups is not None, "TransformerConfig derives num_query_groups"
     if config.num_query_groups % group_size(group):
         return SharedGroupProjection(config, group)
-    head = config.kv_channels or 0
     return ColumnParallelLinear(
         config.hidden_size,
-        (config.num_attention_heads + 2 * config.num_query_groups) * head,
+        _rows(config),
         config=config,
         init_method=config.init_method,
         bias=config.add_bias_linear or config.add_qkv_bias,
         gather_output=False,
         tp_group=group,
     )
+
+
+def _rows(config: TransformerConfig) -> int:
+    """Rows of the logical weight."""
+    query_like = 2 if config.attention_output_gate else 1
+    heads, groups = config.num_attention_heads, config.num_query_groups or 0
+    return (query_like * heads + 2 * groups) * (config.kv_channels or 0)
 
 
 class SharedGroupProjection(MegatronModule):
@@ -53,13 +60,13 @@ class SharedGroupProjection(MegatronModule):
         heads, groups, head = config.num_attention_heads, config.num_query_groups, config.kv_channels or 0
         ranks_per_group = ranks // groups
         which_group, place = divmod(group_rank(group), ranks_per_group)
-        first_row = which_group * (heads // groups + 2) * head
-        queries = heads // ranks * head
-        self.query_rows = slice(first_row + place * queries, first_row + (place + 1) * queries)
-        key_row = first_row + heads // groups * head
-        self.key_value_rows = slice(key_row, key_row + 2 * head)
-
-        rows = (heads + 2 * groups) * head
+        rows = _rows(config)
+        first_row, queries, own = which_group * rows // groups, heads // groups * head, heads // ranks * head
+        # Its part of the group's queries (and gates, as many rows), and the group's key and value.
+        starts = range(first_row, first_row + (2 if config.attention_output_gate else 1) * queries, queries)
+        self.query_rows = [slice(start + place * own, start + (place + 1) * own) for start in starts]
+        end = first_row + rows // groups
+        self.key_value_rows = slice(end - 2 * head, end)
         self._create("weight", (rows, config.hidden_size), config.init_method)
         if config.add_bias_linear or config.add_qkv_bias:
             self._create("bias", (rows,), nn.init.zeros_)
@@ -78,7 +85,10 @@ class SharedGroupProjection(MegatronModule):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[s, b, h] (sequence parallel [s/tp, b, h]) -> [s, b, (n/tp + 2) d]; collectives of ColumnParallelLinear."""
+        """[s, b, h] (sequence parallel [s/tp, b, h]) -> [s, b, (n/tp + 2) d], with gates [s, b, (2 n/tp + 2) d].
+
+        Collectives: those of ColumnParallelLinear.
+        """
         bias = None if self.bias is None else self._own_rows(self.bias, hidden_states.dtype)
         return linear_with_grad_accumulation_and_async_allreduce(
             hidden_states,
@@ -89,4 +99,5 @@ class SharedGroupProjection(MegatronModule):
         )
 
     def _own_rows(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.cat((parameter[self.query_rows], parameter[self.key_value_rows])).to(dtype)
+        rows = [parameter[one] for one in (*self.query_rows, self.key_value_rows)]
+        return torch.cat(rows).to(dtype)

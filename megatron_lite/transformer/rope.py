@@ -62,13 +62,14 @@ def yarn_inverse_frequencies(frequencies: Tensor, base: float, yarn: YarnScaling
     return frequencies * (1.0 - interpolated + interpolated / yarn.scaling_factor)
 
 
+def yarn_temperature(yarn: YarnScaling, mscale: float) -> float:
+    """The factor on the length of queries and keys by which YaRN sharpens attention (its equation 22), weighted."""
+    return 0.1 * mscale * math.log(yarn.scaling_factor) + 1.0 if yarn.scaling_factor > 1 else 1.0
+
+
 def yarn_attention_factor(yarn: YarnScaling) -> float:
-    """The factor on cos and sin (so, squared, on the attention scores) that YaRN calls the attention temperature."""
-
-    def temperature(mscale: float) -> float:
-        return 0.1 * mscale * math.log(yarn.scaling_factor) + 1.0 if yarn.scaling_factor > 1 else 1.0
-
-    return temperature(yarn.mscale) / temperature(yarn.mscale_all_dim)
+    """The factor on cos and sin (so, squared, on the scores of what is rotated): its temperature, less that of all."""
+    return yarn_temperature(yarn, yarn.mscale) / yarn_temperature(yarn, yarn.mscale_all_dim)
 
 
 class RotaryEmbedding(torch.nn.Module):

@@ -8,34 +8,27 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lite.config_field import knob
-from megatron_lite.model_parallel_config import CP_COMM_TYPES
 from megatron_lite.model_parallel_config import divisors as divisors
 from megatron_lite.model_parallel_config import nearest_multiples as nearest_multiples
 from megatron_lite.transformer.activations import quick_gelu, squared_relu
-from megatron_lite.transformer.attention_choices import context_parallel_violations
 from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
 from megatron_lite.transformer.attention_choices import uses_window as uses_window
-from megatron_lite.transformer.moe.moe_config import MoEConfig, is_moe_layer
+from megatron_lite.transformer.attention_config import AttentionConfig
+from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.moe.moe_rules import layer_frequency_violations
 
 
 @dataclass
-class TransformerConfig(MoEConfig):
+class TransformerConfig(AttentionConfig):
     """Everything a transformer layer is built from. Field names and defaults are Megatron's, but dropout is 0.
 
-    Symbols used in docstrings: h = hidden_size, n = num_attention_heads, g = num_query_groups, d = kv_channels,
-    f = ffn_hidden_size, s = sequence, b = micro-batch.
+    Symbols used in docstrings: those of AttentionConfig, f = ffn_hidden_size, s = sequence, b = micro-batch.
     """
 
     # Shape
-    hidden_size: int = knob(0, "Width h of the residual stream.")
     ffn_hidden_size: int | None = knob(
         None, "Width f of the MLP; default 4 h, with a gated activation 2/3 of that, rounded to a multiple of 64."
     )
-    num_attention_heads: int = knob(0, "Number of attention heads n.")
-    kv_channels: int | None = knob(None, "Width d of one head; default h / n.")
-    group_query_attention: bool = knob(False, "Share keys and values between heads; see --num-query-groups.")
-    num_query_groups: int | None = knob(None, "Number of key/value heads g; default n, or 1 with the flag above.")
 
     # Layer contents
     normalization: str = knob("LayerNorm", "Which norm stands before each block.", choices=("LayerNorm", "RMSNorm"))
@@ -44,50 +37,27 @@ class TransformerConfig(MoEConfig):
         False, "Store norm weights minus one, so that weight decay pulls towards one.", flag="--apply-layernorm-1p"
     )
     add_bias_linear: bool = knob(True, "Linear layers have biases.", flag="--disable-bias-linear")
-    add_qkv_bias: bool = knob(False, "The query-key-value projection has a bias even if other linears have none.")
-    qk_layernorm: bool = knob(False, "Normalize each query and key head before the attention scores.")
     swiglu: bool = knob(False, "Gated MLP: silu(gate) * up.")
     geglu: bool = knob(False, "Gated MLP: gelu(gate) * up.")
     quick_geglu: bool = knob(False, "Gated MLP: gate * sigmoid(1.702 gate) * up.")
     squared_relu: bool = knob(False, "MLP activation: relu(x) squared.")
+    activation_func_clamp_value: float | None = knob(
+        None, "Gated MLP: cut gates off above this, and ups above and below, as gpt-oss does."
+    )
+    glu_linear_offset: float = knob(0.0, "Gated MLP: add this to the up half: act(gate) * (up + offset).")
     openai_gelu: bool = knob(False, "The tanh form of gelu as OpenAI wrote it, with or without the next.")
     bias_gelu_fusion: bool = knob(True, "gelu in the tanh form of Megatron's fused kernel; off: the exact, erf form.")
     activation_func: Callable[[torch.Tensor], torch.Tensor] = knob(F.gelu, "MLP activation.", flag=False)
     gated_linear_unit: bool = knob(False, "The MLP multiplies its activation by a second projection.", flag=False)
-    window_size: tuple[int, int] | None = knob(
-        None, "Sliding-window attention: positions visible to the left and right, such as 4095,0; -1 is unlimited."
-    )
-    window_attn_skip_freq: int | list[int] | None = knob(
-        None, "Layers with full attention among sliding-window ones: every N-th, or a list of 0 (full) and 1 (window)."
-    )
-    softmax_scale: float | None = knob(None, "Scale of the attention scores; default 1 / sqrt(d).", flag=False)
     apply_residual_connection_post_layernorm: bool = knob(
         False, "The residual connection starts from the norm's output instead of its input."
     )
 
-    # Regularization (Megatron's default is 0.1 for both)
+    # Regularization (Megatron's default is 0.1)
     hidden_dropout: float = knob(0.0, "Dropout after the embedding and at the end of each block.")
-    attention_dropout: float = knob(0.0, "Dropout on the attention probabilities.")
-
-    # Context parallelism
-    cp_comm_type: str | list[str] | None = knob(
-        None,
-        "How context parallel ranks communicate in attention: p2p (a ring, the default), all_gather (or allgather), "
-        "a2a, or a2a+p2p with --hierarchical-context-parallel-sizes; one for all layers or one for each.",
-        choices=CP_COMM_TYPES,
-    )
 
     # Numerics
-    attention_softmax_in_fp32: bool = knob(True, "Softmax in float32, as every backend here.", flag=False)
-    apply_query_key_layer_scaling: bool = knob(
-        False, "Divide the scores by the layer number before and multiply after the cast, for fp16."
-    )
     fp32_residual_connection: bool = knob(False, "Keep the residual stream in float32.")
-    attention_backend: str = knob(
-        "auto",
-        "Attention implementation: auto lets torch choose, flash and fused (cuDNN) insist, unfused is plain math.",
-        choices=("auto", "flash", "fused", "unfused", "local"),
-    )
     transformer_impl: str = knob(
         "auto",
         "auto uses the fastest present; local uses torch only; transformer_engine insists on that package.",
@@ -105,6 +75,10 @@ class TransformerConfig(MoEConfig):
     embedding_init_method: Callable[[torch.Tensor], Any] | None = knob(None, "Fills the embeddings.", flag=False)
 
     # Loss
+    mtp_loss_scaling_factor: float = knob(
+        0.1,
+        "Weight of the loss of multi-token prediction, the mean over its depths, beside the loss of the next token.",
+    )
     calculate_per_token_loss: bool = knob(
         True,
         "Weigh every valid token of the global batch alike; off: mean over micro-batches of their token means.",
@@ -123,19 +97,15 @@ class TransformerConfig(MoEConfig):
     recompute_num_layers: int | None = knob(None, "full: layers per chunk (uniform) or layers recomputed (block).")
     recompute_modules: list[str] | None = knob(
         None,
-        "selective: which parts; default core_attn. moe is a whole layer of experts, moe_act their activations.",
-        choices=("core_attn", "mlp", "layernorm", "moe", "moe_act"),
+        "selective: which parts; default core_attn. mla_up_proj is what latent attention makes of the latents, moe a "
+        "whole layer of experts, moe_act their activations.",
+        choices=("core_attn", "mla_up_proj", "mlp", "layernorm", "moe", "moe_act"),
     )
     distribute_saved_activations: bool = knob(False, "full: split the stored layer inputs over the TP ranks.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choose_activation()
-        self._tidy_cp_comm_type()
-        if self.num_query_groups is None:
-            self.num_query_groups = 1 if self.group_query_attention else self.num_attention_heads
-        if self.kv_channels is None and self.num_attention_heads > 0:
-            self.kv_channels = self.hidden_size // self.num_attention_heads
         if self.ffn_hidden_size is None:
             # Llama's convention keeps the parameter count of a gated MLP near that of a plain one.
             full = 4 * self.hidden_size
@@ -164,14 +134,6 @@ class TransformerConfig(MoEConfig):
             if getattr(self, flag):
                 self.activation_func, self.gated_linear_unit = function, gated
 
-    def _tidy_cp_comm_type(self) -> None:
-        """One spelling of each type, and a list only where layers may differ."""
-        given = self.cp_comm_type
-        if given is None:
-            return
-        types = ["all_gather" if one == "allgather" else one for one in ([given] if isinstance(given, str) else given)]
-        self.cp_comm_type = types[0] if len(types) == 1 else types
-
     def _choose_init_methods(self) -> None:
         std, layers = self.init_method_std, max(self.num_layers, 1)
         embedding_std = std if self.embedding_init_method_std is None else self.embedding_init_method_std
@@ -183,42 +145,21 @@ class TransformerConfig(MoEConfig):
         self.embedding_init_method = self.embedding_init_method or normal_init(embedding_std)
 
     @property
-    def has_hierarchical_context_parallelism(self) -> bool:
-        """Whether a layer communicates over the two groups of hierarchical_context_parallel_sizes."""
-        layers = range(1, self.num_layers + 1)
-        return self.context_parallel_size > 1 and any(cp_comm_type_of(self, n) == "a2a+p2p" for n in layers)
+    def mtp_loss_weights(self) -> tuple[float, ...]:
+        """What the mean loss of each depth of multi-token prediction is multiplied with; empty without it."""
+        depths = self.mtp_num_layers or 0
+        return (self.mtp_loss_scaling_factor / max(depths, 1),) * depths
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers that have experts."""
-        return sum(is_moe_layer(self, number) for number in range(1, self.num_layers + 1))
+        """Layers that have experts, those of multi-token prediction included."""
+        layers = self.num_layers + (self.mtp_num_layers or 0)
+        return sum(is_moe_layer(self, number) for number in range(1, layers + 1))
 
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""
         found = super().violations()
-        heads, groups, tp = self.num_attention_heads, self.num_query_groups or 0, self.tensor_model_parallel_size
-        if heads > 0:
-            if heads % max(tp, 1):
-                found.append(
-                    f"num_attention_heads is {heads}, but it must be a multiple of tensor_model_parallel_size ({tp}); "
-                    f"use {nearest_multiples(heads, tp)} heads, or a tensor parallel size that divides {heads}."
-                )
-            if groups < 1 or heads % groups:
-                found.append(
-                    f"num_query_groups is {groups}, but it must divide num_attention_heads ({heads}); "
-                    f"{divisors(heads)} do."
-                )
-            elif groups % max(tp, 1) and tp % groups:
-                found.append(
-                    f"num_query_groups is {groups}, but it must be a multiple or a divisor of "
-                    f"tensor_model_parallel_size ({tp}), because each rank holds whole key/value heads; use a tensor "
-                    f"parallel size among {divisors(groups)}."
-                )
-            if self.hidden_size % heads and self.kv_channels == self.hidden_size // heads:
-                found.append(
-                    f"hidden_size is {self.hidden_size}, but it must be a multiple of num_attention_heads ({heads}); "
-                    f"use {nearest_multiples(self.hidden_size, heads)}, or give --kv-channels."
-                )
+        tp = self.tensor_model_parallel_size
         if self.ffn_hidden_size and self.ffn_hidden_size % max(tp, 1):
             found.append(
                 f"ffn_hidden_size is {self.ffn_hidden_size}, but it must be a multiple of tensor_model_parallel_size "
@@ -227,40 +168,40 @@ class TransformerConfig(MoEConfig):
         activations = [name for name in ("swiglu", "geglu", "quick_geglu", "squared_relu") if getattr(self, name)]
         if len(activations) > 1:
             found.append(f"{' and '.join(activations)} are given together; an MLP has one activation, keep one.")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                found.append(f"{name} is {getattr(self, name)}, but it is a probability: 0 <= value < 1.")
-        for name in ("kv_channels", "ffn_hidden_size"):
-            size = getattr(self, name)
-            if size is not None and size < 1 and self.hidden_size > 0:
-                found.append(f"{name} is {size}, but it must be at least 1; leave it out for the default.")
+        clamp, offset = self.activation_func_clamp_value, self.glu_linear_offset
+        if (clamp is not None or offset) and not self.gated_linear_unit:
+            found.append(
+                f"activation_func_clamp_value is {clamp} and glu_linear_offset {offset}, but they change gated "
+                "activations: add --swiglu, --geglu or --quick-geglu, or leave them out."
+            )
+        if self.mtp_loss_scaling_factor < 0.0:
+            found.append(
+                f"mtp_loss_scaling_factor is {self.mtp_loss_scaling_factor}, but it must not be negative: write 0.1."
+            )
+        if clamp is not None and clamp <= 0:
+            found.append(f"activation_func_clamp_value is {clamp}, but it must be positive: leave it out for none.")
+        if not 0.0 <= self.hidden_dropout < 1.0:
+            found.append(f"hidden_dropout is {self.hidden_dropout}, but it is a probability: 0 <= value < 1.")
+        if self.ffn_hidden_size is not None and self.ffn_hidden_size < 1 and self.hidden_size > 0:
+            found.append(
+                f"ffn_hidden_size is {self.ffn_hidden_size}, but it must be at least 1; leave it out for the default."
+            )
         for name in ("layernorm_epsilon", "init_method_std", "embedding_init_method_std"):
             if (getattr(self, name) or 0.0) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
         found += layer_frequency_violations(self, self.num_layers)
-        return (
-            found + self._window_violations() + self._recompute_violations() + list(context_parallel_violations(self))
-        )
-
-    def _window_violations(self) -> list[str]:
-        found = []
-        if self.window_size is not None and min(self.window_size) < -1:
-            found.append(f"window_size is {self.window_size}, but its parts count positions; -1 is unlimited.")
-        frequency, layers = self.window_attn_skip_freq, self.num_layers
-        if isinstance(frequency, int) and frequency < 1:
-            found.append(f"window_attn_skip_freq is {frequency}, but it must be at least 1: 1 has no window layer.")
-        if isinstance(frequency, list) and layers and (len(frequency) != layers or not set(frequency) <= {0, 1}):
-            found.append(
-                f"window_attn_skip_freq is {frequency}, but it must have a 0 (full) or 1 (window) for each of the "
-                f"{layers} layers: write {layers} of them."
-            )
-        return found
+        return found + self._recompute_violations()
 
     def _recompute_violations(self) -> list[str]:
         found = []
         experts = [name for name in ("moe", "moe_act") if name in (self.recompute_modules or [])]
         if len(experts) == 2:
             found.append("recompute_modules names moe and moe_act, but moe_act is a part of moe: keep one of them.")
+        if "mla_up_proj" in (self.recompute_modules or []) and not self.multi_latent_attention:
+            found.append(
+                "recompute_modules names mla_up_proj, a part of latent attention, but multi_latent_attention is not "
+                "set: leave it out."
+            )
         if self.moe_layer_recompute and self.recompute_granularity == "full":
             found.append(
                 "moe_layer_recompute is set with recompute_granularity full, which recomputes whole layers already: "
@@ -268,7 +209,8 @@ class TransformerConfig(MoEConfig):
             )
         if self.recompute_granularity == "selective" and not self.recompute_modules:
             found.append(
-                "recompute_modules names nothing to recompute: write core_attn, mlp, layernorm, moe or moe_act."
+                "recompute_modules names nothing to recompute: write core_attn, mla_up_proj, mlp, layernorm, moe or "
+                "moe_act."
             )
         if self.recompute_granularity == "full":
             if self.recompute_method is None or self.recompute_num_layers is None:

@@ -7,11 +7,12 @@ from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
-from megatron_lite.transformer.attention import SelfAttention
+from megatron_lite.transformer.attention import Attention, SelfAttention
 from megatron_lite.transformer.mlp import MLP
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.moe.moe_layer import MoELayer
+from megatron_lite.transformer.multi_latent_attention import MLASelfAttention
 from megatron_lite.transformer.norms import build_norm
 from megatron_lite.transformer.rope import RotaryTables
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -41,7 +42,7 @@ class TransformerLayer(MegatronModule):
         config: shape and numerics.
         layer_number: global number of the layer, counted from 1.
         hidden_dropout: default config.hidden_dropout.
-        rotary_interleaved: pairing of the channels that rotary embeddings rotate.
+        rotary_interleaved: pairing of the channels that rotary embeddings rotate, but in latent attention.
         pg_collection: process groups, default the global ones.
     """
 
@@ -63,8 +64,10 @@ class TransformerLayer(MegatronModule):
         self.recompute_mlp = ("moe" if has_experts else "mlp") in recomputed
         self.recompute_layernorm = "layernorm" in recomputed
         self.input_layernorm = build_norm(config, config.hidden_size)
-        self.self_attention = SelfAttention(
-            config, layer_number, rotary_interleaved=rotary_interleaved, pg_collection=pg_collection
+        self.self_attention: Attention = (
+            MLASelfAttention(config, layer_number, pg_collection=pg_collection)
+            if config.multi_latent_attention
+            else SelfAttention(config, layer_number, rotary_interleaved=rotary_interleaved, pg_collection=pg_collection)
         )
         self.pre_mlp_layernorm = build_norm(config, config.hidden_size)
         self.mlp: MLP | MoELayer = (

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
 ]
 SCALE = 0.1
+NO_SINKS = torch.empty(0)
 DTYPES = [torch.bfloat16, torch.float16]
 # Largest error in units of the largest number (of 0.1 where all are nearly 0): a few roundings of the dtype.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -126,7 +127,7 @@ def run_plan(plan: list[Block], steps: int, tensors: tuple[Tensor, ...], backend
     running = RunningAttention(query, SCALE, backend)
     for step in range(steps):
         running.add(keys_values[step], of_step(plan, step))
-    out, log_sum = running.finish()
+    out, log_sum = running.finish(NO_SINKS)
     gradient = AttentionGradient(grad, query, out, log_sum, SCALE, backend)
     parts = torch.zeros_like(keys_values, dtype=torch.float32)
     for step in range(steps):

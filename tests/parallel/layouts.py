@@ -5,6 +5,7 @@ cross entropy, clipping and SGD. Every layout has to reproduce its loss, its gra
 and its weights after many steps.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,7 @@ class Layout:
     chunks: int | None = None
     stages: str | None = None
     layers: int = 2
+    variant: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -108,7 +110,7 @@ class Layout:
         if self.moe is not None:
             parts += [f"moe-{self.moe}", f"ep{self.ep}"] + [f"etp{self.etp}"] * (self.etp is not None)
             parts += [self.dispatcher]
-        parts += ["evaluated"] * self.evaluated
+        parts += [self.variant] * (self.variant is not None) + ["evaluated"] * self.evaluated
         return "-".join(parts)
 
     @property
@@ -133,6 +135,7 @@ class Layout:
             documents=self.documents,
             hole=self.hole,
             moe=self.moe,
+            variant=self.variant,
         )
 
 
@@ -166,6 +169,27 @@ MIXTURES: dict[str, dict[str, Any]] = {
 """Kinds of mixtures of experts, 8 experts each."""
 
 
+_LATENT = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 7,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "latent": {**_LATENT, "q_lora_rank": 20},
+    "latent_keys": {**_LATENT, "v_head_dim": 14},  # queries without a latent, values wider than keys
+    "further": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3},
+    "deepseek": {**_LATENT, "q_lora_rank": 20, "mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3},
+    "sinks": {"softmax_type": "learnable", "glu_linear_offset": 1.0, "activation_func_clamp_value": 0.7},
+    "windows": {"softmax_type": "learnable", "window_size": (3, 0), "window_attn_skip_freq": 2},
+    "gates": {"attention_output_gate": True, "no_rope_freq": 2, "layernorm_zero_centered_gamma": True},
+    "off_by_one": {"softmax_type": "off-by-one", "window_size": (2, 0), "window_attn_skip_freq": [1, 0]},
+}
+"""Kinds of layers: latent attention, multi-token prediction, attention sinks and windows, gates and layers without
+positions."""
+
+
 @dataclass
 class Result:
     """What is compared; gradients and weights by parameter name, whole."""
@@ -174,6 +198,7 @@ class Result:
     grad_norm: float
     gradients: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
+    mtp_losses: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     choices: list[int] = field(default_factory=list)
     untied: int = 0
@@ -226,6 +251,7 @@ def transformer_config(layout: Layout) -> TransformerConfig:
         hierarchical_context_parallel_sizes=None if layout.hierarchy is None else list(layout.hierarchy),
         fp64=True,
         calculate_per_token_loss=layout.per_token_loss,
+        **VARIANTS.get(layout.variant or "", {}),
         **recompute,  # type: ignore[arg-type]
         **mixture,
     )
@@ -273,7 +299,8 @@ def micro_batches(layout: Layout, step: int, dp_rank: int, names: Collection[str
     starts = [number * size * layout.dp + dp_rank * size for number in range(layout.accumulation)]
     parts = [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in starts]
     cp_group = parallel_state.get_context_parallel_group()
-    stream = MicroBatchStream(parts, torch.device("cpu"), cp_group, names=names)
+    depths = transformer_config(layout).mtp_num_layers or 0
+    stream = MicroBatchStream(parts, torch.device("cpu"), cp_group, names=names, depths=depths)
     return stream.next_global_batch(layout.accumulation)
 
 
@@ -343,47 +370,92 @@ def reference(layout: Layout, steps: int) -> Result:
         momentum=MOMENTUM,
     )
     result: Result | None = None
-    losses, chosen = [], []
+    losses, further, chosen = [], [], []
     for step in range(steps):
         optimizer.zero_grad()
         batch = global_batch(step, layout)
         auxiliary_losses.begin_step(torch.tensor(1.0 / layout.model.accumulation, dtype=torch.float64))
-        objective, loss = _plain_losses(model, batch, layout, choices)
+        objective, loss, mtp_losses = _plain_losses(model, batch, layout, choices)
         objective.backward()
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         if result is None:
             result = Result(loss.item(), norm.item(), gradients)
         losses.append(loss.item())
+        further += [one.item() for one in mtp_losses]
         chosen.append(choices.of_step())
         optimizer.step()
         update_expert_bias(model, None)
     assert result is not None
-    result.losses, result.choices = losses, chosen
+    result.losses, result.mtp_losses, result.choices = losses, further, chosen
     result.weights = {name: whole(p) for name, p in parameters.items()}
     return result
 
 
 def _plain_losses(
-    model: nn.Module, batch: dict[str, Tensor], layout: Layout, choices: Choices
-) -> tuple[Tensor, Tensor]:
+    model: Any, batch: dict[str, Tensor], layout: Layout, choices: Choices
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """What is minimized, and what is reported: the mean over tokens, which is also minimized by default.
 
+    Last the means of the depths of multi-token prediction, of which their share is minimized too.
     One forward for each micro-batch; the balance losses of experts, which depend on them, are attached inside.
     """
-    tokens = batch["loss_mask"].sum()
-    sums, means = [], []
+    depths = model.config.mtp_num_layers or 0
+    weights = [1.0] + [model.config.mtp_loss_scaling_factor / depths for _ in range(depths)]
+    sums: list[list[Tensor]] = [[] for _ in weights]
+    counts: list[list[Tensor]] = [[] for _ in weights]
     parts = {name: tensor.chunk(layout.model.accumulation) for name, tensor in batch.items()}
     for number in range(layout.model.accumulation):
         part = {name: tensors[number] for name, tensors in parts.items()}
         choices.follow([part])
-        logits = model(part["tokens"], part["position_ids"], _document_mask(part))
-        losses = F.cross_entropy(logits.flatten(0, 1), part["labels"].flatten(), reduction="none")
-        mask = part["loss_mask"].flatten()
-        sums.append((losses * mask).sum())
-        means.append(sums[-1] / mask.sum().clamp(min=1))
-    mean = torch.stack(sums).sum() / tokens
-    return (mean if layout.per_token_loss else torch.stack(means).mean()), mean
+        mask = _document_mask(part)
+        decoded: dict[str, Tensor] = {}
+        listener = model.decoder.register_forward_hook(functools.partial(_keep, decoded))
+        logits = [model(part["tokens"], part["position_ids"], mask)]
+        listener.remove()
+        logits += _further_logits(model, part, mask, decoded["output"]) if depths else []
+        for depth, of_depth in enumerate(logits):
+            labels, valid = (_moved(part, name, depth) for name in ("labels", "loss_mask"))
+            losses = F.cross_entropy(of_depth.flatten(0, 1), labels.flatten(), reduction="none")
+            sums[depth].append((losses * valid.flatten()).sum())
+            counts[depth].append(valid.sum())
+    means = [torch.stack(of_depth).sum() / sum(count) for of_depth, count in zip(sums, counts, strict=True)]
+    objectives = means
+    if not layout.per_token_loss:
+        objectives = [
+            torch.stack([one / count.clamp(min=1) for one, count in zip(*of_depth, strict=True)]).mean()
+            for of_depth in zip(sums, counts, strict=True)
+        ]
+    objective = sum(weight * one for weight, one in zip(weights, objectives, strict=True))
+    return objective, means[0], means[1:]  # type: ignore[return-value]
+
+
+def _keep(decoded: dict[str, Tensor], module: nn.Module, inputs: Any, output: Tensor) -> None:
+    decoded["output"] = output
+
+
+def _moved(part: dict[str, Tensor], name: str, distance: int) -> Tensor:
+    """What stands `distance` tokens further on in the same sequence and document, token by token; else 0."""
+    moved = torch.zeros_like(part[name])
+    starts = part.get("document_starts", torch.zeros_like(part["tokens"]))
+    for row in range(moved.size(0)):
+        for position in range(moved.size(1) - distance):
+            if starts[row, position + distance] == starts[row, position]:
+                moved[row, position] = part[name][row, position + distance]
+    return moved
+
+
+def _further_logits(model: Any, part: dict[str, Tensor], mask: Tensor | None, hidden: Tensor) -> list[Tensor]:
+    """Of each depth of multi-token prediction, written out."""
+    rotary = None if model.rotary_pos_emb is None else model.rotary_pos_emb(part["position_ids"], torch.float64)
+    logits = []
+    for depth, layer in enumerate(model.mtp.layers.values(), start=1):
+        embedded = F.embedding(_moved(part, "tokens", depth), model.embedding.word_embeddings.weight).transpose(0, 1)
+        joined = torch.cat((layer.enorm(embedded), layer.hnorm(hidden)), dim=-1) @ layer.eh_proj.weight.t()
+        hidden = layer.final_layernorm(layer.transformer_layer(joined, mask, rotary))
+        output = model.shared_embedding_or_output_weight()[: model.vocab_size]
+        logits.append((hidden @ output.t()).transpose(0, 1))
+    return logits
 
 
 def _document_mask(batch: dict[str, Tensor]) -> Tensor | None:
@@ -423,6 +495,7 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
         how: dict[str, Any] = {"dp_cp_group": dp_cp_group}
         how["forward_backward_func"] = get_forward_backward_func(transformer_config(layout))
         loss: dict[str, Any] = {"cp_group": cp_group, "per_token_loss": layout.per_token_loss}
+        loss["mtp_loss_weights"] = transformer_config(layout).mtp_loss_weights
 
         first = micro_batches(layout, 0, dp_rank, names)
         choices.follow(first)
@@ -447,7 +520,9 @@ def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: s
     if rank != 0:
         return None
     losses = [output.loss.item() for output in outputs]
-    return Result(losses[0], outputs[0].grad_norm.item(), gradients, losses, weights, chosen, untied + still_untied)
+    further = [loss for output in outputs for loss in output.mtp_losses.tolist()]
+    norm = outputs[0].grad_norm.item()
+    return Result(losses[0], norm, gradients, losses, further, weights, chosen, untied + still_untied)
 
 
 def _of_pipeline(
@@ -549,6 +624,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).abs().max().item() / scale
 
 
+def _pairs_of_losses(actual: Result, expected: Result) -> Iterator[tuple[float, float]]:
+    yield from zip(actual.losses, expected.losses, strict=True)
+    yield from zip(actual.mtp_losses, expected.mtp_losses, strict=True)
+
+
 def deviations(actual: Result, expected: Result) -> dict[str, float]:
     """The largest relative deviation of each kind, and the steps in which tokens went to other experts.
 
@@ -563,7 +643,7 @@ def deviations(actual: Result, expected: Result) -> dict[str, float]:
             relative_error(actual.gradients[n], g) if n in actual.gradients else math.inf
             for n, g in expected.gradients.items()
         ),
-        "losses": max(abs(a / e - 1.0) for a, e in zip(actual.losses, expected.losses, strict=True)),
+        "losses": max(abs(a / e - 1.0) for a, e in _pairs_of_losses(actual, expected)),
         "weights": max(relative_error(actual.weights[n], w) for n, w in expected.weights.items()),
         "tied": actual.untied,
         "choices": sum(a != e for a, e in zip(actual.choices, expected.choices, strict=True)),

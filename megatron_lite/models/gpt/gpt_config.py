@@ -27,6 +27,11 @@ class GPTModelConfig(Validated):
         "learned_absolute", "How positions enter the model.", choices=POSITION_EMBEDDING_TYPES
     )
     use_rotary_position_embeddings: bool = knob(False, "Older spelling of --position-embedding-type rope.")
+    rope_type: str | None = knob(
+        None,
+        "Latent attention with --position-embedding-type rope: yarn, the default, applies the YaRN settings below.",
+        choices=("rope", "yarn"),
+    )
     rotary_base: float = knob(10000, "Base of the rotary wavelengths.")
     rotary_percent: float = knob(1.0, "Share of each head that is rotated.")
     rotary_interleaved: bool = knob(False, "Rotate neighbouring channels instead of the two halves of a head.")
@@ -47,10 +52,12 @@ class GPTModelConfig(Validated):
         if self.use_rotary_position_embeddings:
             self.position_embedding_type = "rope"
 
-    @property
-    def yarn(self) -> YarnScaling | None:
-        """The settings of YaRN, None unless it is the position embedding."""
-        if self.position_embedding_type != "yarn":
+    def yarn(self, multi_latent_attention: bool = False) -> YarnScaling | None:
+        """The settings of YaRN, None unless it is the position embedding, in latent attention by default."""
+        kind = self.position_embedding_type
+        if kind == "rope" and multi_latent_attention and self.rope_type != "rope":
+            kind = "yarn"
+        if kind != "yarn":
             return None
         return YarnScaling(
             scaling_factor=self.rotary_scaling_factor,

@@ -1,15 +1,18 @@
 """GPTModel: embedding, decoder, and the output layer with the loss."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.models.gpt.embedding import LanguageModelEmbedding
+from megatron_lite.models.gpt.future_tokens import FutureTokens
 from megatron_lite.models.gpt.gpt_config import POSITION_EMBEDDING_TYPES, GPTModelConfig
 from megatron_lite.models.gpt.vocab import padded_vocab_size as pad_vocab_size
 from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +25,8 @@ from megatron_lite.tensor_parallel.mappings import (
 from megatron_lite.tensor_parallel.parameters import declare_parameter, local, named_parameter_specs
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
+from megatron_lite.transformer.multi_latent_attention import latent_softmax_scale
+from megatron_lite.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron_lite.transformer.rope import RotaryEmbedding, YarnScaling
 from megatron_lite.transformer.transformer_block import TransformerBlock
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -42,7 +47,8 @@ class GPTModel(MegatronModule):
         share_embeddings_and_output_weights: the output layer's weights are the word embeddings.
         position_embedding_type: "learned_absolute", "rope", "yarn" or "none".
         rotary_percent, rotary_base, rotary_interleaved, seq_len_interpolation_factor, rope_scaling,
-            rope_scaling_factor, yarn: as in RotaryEmbedding.
+            rope_scaling_factor, yarn: as in RotaryEmbedding; yarn is read with "yarn", and with "rope" in latent
+            attention, where it also scales the scores.
         padded_vocab_size: default the next multiple of make_vocab_size_divisible_by and the tensor parallel size.
         make_vocab_size_divisible_by: see padded_vocab_size.
         layer_indices: global indices of the layers held here, default all.
@@ -76,6 +82,12 @@ class GPTModel(MegatronModule):
         layer_indices: Sequence[int] | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        if position_embedding_type == "yarn":
+            yarn = yarn or YarnScaling()
+        elif position_embedding_type != "rope" or not config.multi_latent_attention:
+            yarn = None
+        if config.multi_latent_attention and config.softmax_scale is None:
+            config = replace(config, softmax_scale=latent_softmax_scale(config, yarn))
         super().__init__(config)
         self.tp_group = tensor_parallel_group(pg_collection)
         tp = group_size(self.tp_group)
@@ -94,16 +106,15 @@ class GPTModel(MegatronModule):
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if position_embedding_type in ("rope", "yarn"):
-            assert config.kv_channels is not None, "TransformerConfig derives kv_channels"
             self.rotary_pos_emb = RotaryEmbedding(
-                config.kv_channels,
+                config.rotary_channels,
                 rotary_percent,
                 rotary_interleaved,
                 seq_len_interpolation_factor,
                 rotary_base,
                 rope_scaling,
                 rope_scaling_factor,
-                (yarn or YarnScaling()) if position_embedding_type == "yarn" else None,
+                yarn,
             )
         self.decoder = TransformerBlock(
             config,
@@ -112,6 +123,16 @@ class GPTModel(MegatronModule):
             rotary_interleaved=rotary_interleaved,
             pg_collection=pg_collection,
         )
+        has_mtp = bool(config.mtp_num_layers)
+        self.has_copy_of_embeddings = share_embeddings_and_output_weights or has_mtp
+        self.mtp: MultiTokenPredictionBlock | None = None
+        if post_process and has_mtp:
+            self.mtp = MultiTokenPredictionBlock(config, rotary_interleaved, pg_collection)
+            if not pre_process:
+                self.mtp_embedding = LanguageModelEmbedding(
+                    config, padded_vocab_size, max_sequence_length, position_embedding_type, pg_collection
+                )
+                _declare_copy_of_embeddings(self.mtp_embedding.word_embeddings)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -120,24 +141,21 @@ class GPTModel(MegatronModule):
                 init_method=config.init_method,
                 bias=False,
                 gather_output=not parallel_output,
-                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                skip_weight_param_allocation=share_embeddings_and_output_weights and (pre_process or has_mtp),
                 tp_group=self.tp_group,
             )
-            if share_embeddings_and_output_weights and not pre_process:
-                self._declare_copy_of_embeddings()
+            if share_embeddings_and_output_weights and not pre_process and not has_mtp:
+                _declare_copy_of_embeddings(self.output_layer, config.embedding_init_method)
 
-    def _declare_copy_of_embeddings(self) -> None:
-        """The embedding is in another pipeline stage: the output layer has a copy, kept equal by the training step."""
-        spec = named_parameter_specs(self.output_layer)["weight"]
-        init_method = self.config.embedding_init_method
-        assert init_method is not None, "TransformerConfig derives embedding_init_method"
-        copy = replace(spec, init_method=init_method, copy_of=WORD_EMBEDDINGS)
-        declare_parameter(self.output_layer, "weight", copy)
+    @property
+    def embedding_here(self) -> LanguageModelEmbedding | None:
+        """The embedding, or the copy of it that multi-token prediction has in the last pipeline stage."""
+        return self.embedding if self.pre_process else getattr(self, "mtp_embedding", None)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The weight [V/tp, h] (DTensor or tensor, as stored) that the output layer multiplies with."""
-        if self.pre_process and self.share_embeddings_and_output_weights:
-            return self.embedding.word_embeddings.weight
+        if self.share_embeddings_and_output_weights and self.embedding_here is not None:
+            return self.embedding_here.word_embeddings.weight
         weight = self.output_layer.weight
         assert weight is not None, "an untied output layer has a weight"
         return weight
@@ -152,8 +170,9 @@ class GPTModel(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         inference_context: InferenceContext | None = None,
         decoder_input: Tensor | None = None,
+        future_tokens: FutureTokens | None = None,
     ) -> Tensor:
-        """Predict each next token.
+        """Predict each next token and, with multi-token prediction, those behind it.
 
         Under context parallelism s counts the tokens of this rank, everywhere; get_batch_on_this_cp_rank splits.
 
@@ -167,9 +186,11 @@ class GPTModel(MegatronModule):
                 context parallel split. Each token sees its own document only.
             inference_context: key/value cache; the tokens are appended to those already seen.
             decoder_input: [s, b, h] output of the previous part of the model, where pre_process is False.
+            future_tokens: what multi-token prediction is trained on; left out, the model predicts the next token alone.
 
         Returns:
-            With labels the loss of each token [b, s], float32 (float64 for float64); without them logits [b, s, V]
+            With labels the loss of each token [b, s], float32 (float64 for float64), with future_tokens
+            [1 + depths, b, s], that of the next token first; without labels logits [b, s, V]
             over the real vocabulary, or, with parallel_output and TP > 1, this rank's [b, s, padded V / tp] with -inf
             in padded columns. Where post_process is False, the hidden states [s, b, h].
 
@@ -189,17 +210,34 @@ class GPTModel(MegatronModule):
             hidden = decoder_input
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(position_ids, self.config.params_dtype)
         self._prepare(packed_seq_params)
-        hidden = self.decoder(hidden, attention_mask, rotary, inference_context, packed_seq_params)
+        context = (attention_mask, rotary, inference_context, packed_seq_params)
+        hidden = self.decoder(hidden, *context)
         if inference_context is not None:
             inference_context.advance(position_ids.size(1))
         if not self.post_process:
             return hidden
-        return self._logits(hidden) if labels is None else self._loss(hidden, labels, loss_mask)
+        if labels is None:
+            return self._logits(hidden)
+        loss = self._loss(hidden, labels, loss_mask)
+        if self.mtp is None or future_tokens is None:
+            return loss
+        embed = functools.partial(self._embed, position_ids=position_ids)
+        losses = [
+            self._loss(further, future_tokens.labels[..., depth], future_tokens.loss_mask[..., depth])
+            for depth, further in enumerate(self.mtp(hidden, future_tokens.tokens, embed, *context))
+        ]
+        return torch.stack([loss, *losses])
+
+    def _embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        embedding = self.embedding_here
+        assert embedding is not None, "the part of a model with multi-token prediction has an embedding"
+        embedded: Tensor = embedding(tokens, position_ids)
+        return embedded
 
     def _prepare(self, packed_seq_params: PackedSeqParams | None) -> None:
         """Work out the documents' blocks here, once for all layers and outside of what is compiled."""
         if packed_seq_params is not None and packed_seq_params.is_packed:
-            for module in self.decoder.modules():
+            for module in self.modules():
                 if isinstance(module, DotProductAttention):
                     module.prepare(packed_seq_params)
 
@@ -230,6 +268,13 @@ class GPTModel(MegatronModule):
             return logits[..., : self.vocab_size].contiguous()
         columns = torch.arange(logits.size(-1), device=logits.device) + group_rank(self.tp_group) * logits.size(-1)
         return logits.masked_fill(columns >= self.vocab_size, -torch.inf)
+
+
+def _declare_copy_of_embeddings(module: nn.Module, init_method: Any = None) -> None:
+    """The weight of `module` is a copy of the embeddings in another pipeline stage, kept equal by the training step."""
+    spec = named_parameter_specs(module)["weight"]
+    copy = replace(spec, init_method=init_method or spec.init_method, copy_of=WORD_EMBEDDINGS)
+    declare_parameter(module, "weight", copy)
 
 
 def _check(vocab_size: int, padded_vocab_size: int, tp: int, position_embedding_type: str) -> None:
@@ -282,7 +327,7 @@ def build_gpt_model(
         rope_scaling_factor=gpt.rope_scaling_factor,
         seq_len_interpolation_factor=gpt.rotary_seq_len_interpolation_factor,
         rotary_interleaved=gpt.rotary_interleaved,
-        yarn=gpt.yarn,
+        yarn=gpt.yarn(config.multi_latent_attention),
         padded_vocab_size=gpt.padded_vocab_size if gpt.pad_vocab_size else vocab_size,
         make_vocab_size_divisible_by=gpt.make_vocab_size_divisible_by,
         layer_indices=layer_indices,

@@ -12,7 +12,7 @@ from megatron_lite.ops.grouped_linear import Before, grouped_linear
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_expert_parameter
-from megatron_lite.transformer.mlp import activation_function
+from megatron_lite.transformer.mlp import activation_function, gated_activation
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
@@ -56,7 +56,7 @@ class GroupedMLP(MegatronModule):
                 f"but num_moe_experts is {config.num_moe_experts}; their product must equal that."
             )
         self.gated = config.gated_linear_unit
-        self.activation = activation_function(config)
+        self.activation, self.gated_activation = activation_function(config), gated_activation(config)
         self.backend = "auto" if config.moe_grouped_gemm else "loop"
         self.recompute_activation = "moe_act" in (config.recompute_modules or ()) and (
             config.recompute_granularity == "selective"
@@ -167,7 +167,7 @@ class GroupedMLP(MegatronModule):
             activated = self.activation(hidden)
         else:
             gate, up = hidden.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else hidden.chunk(2, dim=-1)
-            activated = self.activation(gate) * up
+            activated = self.gated_activation(gate, up)
         return (activated * row_probs.unsqueeze(-1)).to(hidden.dtype)
 
     def extra_repr(self) -> str:

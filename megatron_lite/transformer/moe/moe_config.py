@@ -125,10 +125,12 @@ def is_moe_layer(config: MoEConfig, layer_number: int) -> bool:
     """Whether layer `layer_number` (counted from 1) has experts instead of one MLP.
 
     moe_layer_freq N gives them to the layers 1, N + 1, 2 N + 1, ...; a list holds 1 (experts) or 0 (dense) per layer.
+    The layers of multi-token prediction, behind the last of the decoder, are as that one.
     """
     if config.num_moe_experts is None:
         return False
     frequency = config.moe_layer_freq
+    layer_number = min(layer_number, config.num_layers) if config.num_layers > 0 else layer_number
     if isinstance(frequency, int):
         return (layer_number - 1) % frequency == 0
     return bool(frequency[layer_number - 1])

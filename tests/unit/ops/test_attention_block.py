@@ -33,6 +33,7 @@ from tests.gpu.flash_stand_in import FlashStandIn
 
 ON_CPU = ["flash_cpu", "eager"]
 SCALE, HEADS, KEY_HEADS, HEAD_SIZE = 0.3, 4, 2, 8
+NO_SINKS = torch.empty(0)
 
 # (queries, keys, heads, key heads, causal)
 SHAPES = [
@@ -315,7 +316,7 @@ def run_blocks(plan: list[Block], steps: int, rows: int, backend: str) -> list[T
     running = RunningAttention(query, SCALE, backend)
     for step in range(steps):
         running.add(keys_values[step], of_step(plan, step))
-    out, log_sum = running.finish()
+    out, log_sum = running.finish(NO_SINKS)
     gradient = AttentionGradient(grad, query, out, log_sum, SCALE, backend)
     for step in range(steps):
         before = parts[step].clone()
@@ -472,7 +473,7 @@ def test_running_result_is_wide_once_blocks_are_merged(dtype):
     for step, part in enumerate(keys):
         running.add(part, [Block(step, 0, 15, 0, 4, 0)])
         assert running.out.dtype == (dtype if step == 0 else torch.float32)
-    out, log_sum = running.finish()
+    out, log_sum = running.finish(NO_SINKS)
     whole = keys.movedim(1, 0).flatten(1, 2)
     wanted, wanted_sum = attention_block(query[:15].float(), *whole.float(), False, SCALE, "eager")
     bound = 1e-5 if dtype == torch.float32 else 1e-2

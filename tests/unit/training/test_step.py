@@ -78,7 +78,7 @@ def test_loss_weights_count_a_micro_batch_over_its_context_parallel_ranks(groups
 
     def two_ranks(tensor, group):
         assert group == "both"
-        tensor += torch.tensor([3.0, 0.0], dtype=tensor.dtype)
+        tensor += torch.tensor([[3.0], [0.0]], dtype=tensor.dtype)
 
     monkeypatch.setattr(step, "sum_over", two_ranks)
     batches = [{"loss_mask": torch.tensor(mask)} for mask in ([[0.0, 1.0]], [[1.0, 1.0, 1.0]])]

@@ -31,14 +31,22 @@ def draw(length: int = LENGTH, groups: int = HEADS) -> tuple[Tensor, Tensor, Ten
 
 
 def written_out(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float = 1 / math.sqrt(WIDTH)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor,
+    scale: float = 1 / math.sqrt(WIDTH),
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """`hidden` [sq, sk] or [b, sq, sk]: True where attention is forbidden."""
+    """`hidden` [sq, sk] or [b, sq, sk]: True where attention is forbidden. `sinks` [n] are scores without a value."""
     outputs = []
     for head in range(HEADS):
         group = head * key.size(2) // HEADS
         scores = torch.einsum("qbd,kbd->bqk", query[:, :, head], key[:, :, group]) * scale
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[head].expand(*scores.shape[:-1], 1)), -1)
+        weights = scores.softmax(-1)[..., : key.size(0)]
         outputs.append(torch.einsum("bqk,kbd->qbd", weights, value[:, :, group]))
     return torch.cat(outputs, -1)
 
@@ -222,3 +230,83 @@ def test_packed_batches_are_rows_behind_one_another() -> None:
     whole = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 2 * LENGTH]))
     with pytest.raises(ConfigError, match="must be split by itself"):
         attention(*batch, packed_seq_params=whole)
+
+
+SINKS = torch.tensor([-1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
+
+
+def with_sinks(**settings: Any) -> DotProductAttention:
+    attention = DotProductAttention(config(softmax_type="learnable", **settings), 1)
+    assert attention.softmax_offset is not None
+    attention.softmax_offset.data.copy_(SINKS)
+    return attention
+
+
+def gradients(output: Tensor, *leaves: Tensor) -> list[Tensor]:
+    """Of a sum in which each element of the output weighs otherwise."""
+    weights = torch.linspace(-1.0, 2.0, output.numel(), dtype=torch.float64).view_as(output)
+    return list(torch.autograd.grad((output * weights).sum(), leaves))
+
+
+def within(window: tuple[int, int] | None) -> Tensor:
+    """[sq, sk]: True where a causal query with this window may not look."""
+    rows, columns = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    return later() if window is None else later() | (columns < rows - window[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "unfused"])
+@pytest.mark.parametrize("window", [None, (2, 0), (0, 0)])
+@pytest.mark.parametrize("groups", [4, 1])
+def test_sinks_take_part_in_the_denominator(groups: int, window: tuple[int, int] | None, backend: str) -> None:
+    """Mutations: the sink not in log_sum; its gradient with the other sign; a window one wider."""
+    query, key, value = (x.requires_grad_() for x in draw(groups=groups))
+    attention = with_sinks(num_query_groups=groups, window_size=window, attention_backend=backend)
+    assert attention.softmax_offset is not None
+    sinks = SINKS.clone().requires_grad_()
+    got = attention(query, key, value)
+    wanted = written_out(query, key, value, within(window), sinks=sinks)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    found = gradients(got, query, key, value, attention.softmax_offset)
+    for ours, theirs in zip(found, gradients(wanted, query, key, value, sinks), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, (2, 0)])
+def test_sinks_by_an_explicit_mask(window: tuple[int, int] | None) -> None:
+    """What blocks cannot do: a mask, fewer queries than keys, packed documents with dropout."""
+    query, key, value = (x.requires_grad_() for x in draw(groups=2))
+    attention = with_sinks(num_query_groups=2, window_size=window)
+    assert attention.softmax_offset is not None
+    sinks = SINKS.clone().requires_grad_()
+    padding = torch.zeros(BATCH, 1, 1, LENGTH, dtype=torch.bool)
+    padding[1, ..., :3] = True
+    hidden = padding[:, 0] | within(window)
+    got, wanted = attention(query, key, value, padding), written_out(query, key, value, hidden, sinks=sinks)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    found = gradients(got, query, key, value, attention.softmax_offset)
+    for ours, theirs in zip(found, gradients(wanted, query, key, value, sinks), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    whole = attention(query, key, value)
+    torch.testing.assert_close(attention(query[-2:], key, value), whole[-2:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, (1, 0)])
+def test_sinks_of_packed_documents(window: tuple[int, int] | None) -> None:
+    """Each document has the same sinks. With dropout, in training only, it goes by a mask instead of blocks."""
+    rows = tuple(x[:, :1] for x in draw())
+    packed = PackedSeqParams(cu_seqlens_q=torch.tensor([0, 4, LENGTH]))
+    document = torch.tensor([0] * 4 + [1] * (LENGTH - 4))
+    hidden = within(window) | (document[:, None] != document[None, :])
+    wanted = written_out(*rows, hidden, sinks=SINKS)
+    attention = with_sinks(window_size=window)
+    torch.testing.assert_close(attention(*rows, packed_seq_params=packed), wanted, rtol=1e-12, atol=1e-12)
+    attention.attention_dropout = 1e-300  # drops nothing
+    model_parallel_cuda_manual_seed(1)
+    torch.testing.assert_close(attention(*rows, packed_seq_params=packed), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sink_of_score_zero_is_softmax_off_by_one() -> None:
+    query, key, value = draw()
+    got = DotProductAttention(config(softmax_type="off-by-one"), 1)(query, key, value)
+    wanted = written_out(query, key, value, later(), sinks=torch.zeros(HEADS, dtype=torch.float64))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)

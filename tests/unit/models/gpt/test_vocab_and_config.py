@@ -49,7 +49,7 @@ def test_settings_reach_the_model() -> None:
     config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=2)
     yarn = GPTModelConfig(position_embedding_type="yarn", rotary_scaling_factor=8.0, mscale=0.5, vocab_size=90)
     yarn.validate()
-    assert yarn.yarn == YarnScaling(scaling_factor=8.0, mscale=0.5)
+    assert yarn.yarn() == YarnScaling(scaling_factor=8.0, mscale=0.5)
     model = build_gpt_model(config, yarn, vocab_size=70, max_sequence_length=16)
     assert model.vocab_size == 90
     assert model.rotary_pos_emb is not None
