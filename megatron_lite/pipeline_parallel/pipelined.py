@@ -98,21 +98,24 @@ class PipelinedForwardBackward:
                 input_args=number if stage == 0 else hidden,
                 output_args=losses if stage == last else hidden,
                 group=self.group,
-                dw_builder=None if self._splits_backward(model_chunks) else _nothing_left,
+                dw_builder=None if self._splits_backward(chunk) else _nothing_left,
             )
             for stage, chunk in zip(layout.stages_of(self.group.rank()), model_chunks, strict=True)
         ]
         order = pipeline_order(config.schedule, layout, num_microbatches)
         return _Schedule(stages, num_microbatches, order, forward_only)
 
-    def _splits_backward(self, model_chunks: Sequence[nn.Module]) -> bool:
+    def _splits_backward(self, chunk: nn.Module) -> bool:
         """Whether the gradients of weights are computed apart.
 
         Not where torch would have to compute activations twice for it (recomputation), nor where a compiled layer
-        gives both kinds of gradients in one piece: there all is computed with the gradients of the activations.
+        gives both kinds of gradients in one piece, nor with multi-token prediction, which reads the output layer and
+        the embedding several times: torch goes wrong about weights that are connected in several places. There all is
+        computed with the gradients of the activations.
         """
-        compiled = any(module._compiled_call_impl for chunk in model_chunks for module in chunk.modules())
-        return self.config.schedule in SPLIT_BACKWARD and self.config.recompute_granularity is None and not compiled
+        whole = self.config.recompute_granularity is not None or getattr(chunk, "mtp", None) is not None
+        compiled = any(module._compiled_call_impl for module in chunk.modules())
+        return self.config.schedule in SPLIT_BACKWARD and not whole and not compiled
 
 
 class _ChunkOfMicroBatch(nn.Module):
