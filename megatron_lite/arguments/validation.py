@@ -231,12 +231,7 @@ def _features(run: RunConfig) -> Iterator[str]:
     ranks = [rank for rank in run.profiling.profile_ranks if not 0 <= rank < run.world_size]
     if ranks:
         yield f"profile_ranks names {ranks}, but there are ranks 0 to {run.world_size - 1}: choose among these."
-    rotated = int((sizes.kv_channels or 0) * run.gpt.rotary_percent)
-    if run.gpt.position_embedding_type in ("rope", "yarn") and (rotated < 2 or rotated % 2):
-        yield (
-            f"rotary_percent {run.gpt.rotary_percent} of kv_channels {sizes.kv_channels} makes {rotated} rotated "
-            "channels, but they are rotated in pairs: choose --kv-channels and --rotary-percent whose product is even."
-        )
+    yield from _positions(run)
     starts_from_nothing = run.checkpoint.load is None and run.checkpoint.pretrained_checkpoint is None
     if not sizes.perform_initialization and starts_from_nothing and not run.dry_run:
         yield (
@@ -256,3 +251,26 @@ def _features(run: RunConfig) -> Iterator[str]:
         )
     if sizes.transformer_impl == "transformer_engine":
         yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
+
+
+def _positions(run: RunConfig) -> Iterator[str]:
+    """What kinds of positions ask of the layers, and the other way round."""
+    sizes, kind = run.transformer, run.gpt.position_embedding_type
+    width, rotated = sizes.rotary_channels, int(sizes.rotary_channels * run.gpt.rotary_percent)
+    if kind in ("rope", "yarn") and (rotated < 2 or rotated % 2):
+        name = "qk_pos_emb_head_dim" if sizes.multi_latent_attention else "kv_channels"
+        flag = "--" + name.replace("_", "-")
+        yield (
+            f"rotary_percent {run.gpt.rotary_percent} of {name} {width} makes {rotated} rotated channels, but they are "
+            f"rotated in pairs: choose {flag} and --rotary-percent whose product is even."
+        )
+    if sizes.multi_latent_attention and kind not in ("rope", "yarn"):
+        yield (
+            f"position_embedding_type is {kind} with multi_latent_attention, a part of whose queries and keys is there "
+            "to be rotated: write --position-embedding-type rope or yarn."
+        )
+    if sizes.mtp_num_layers and kind == "learned_absolute":
+        yield (
+            "position_embedding_type is learned_absolute with mtp_num_layers, but multi-token prediction embeds tokens "
+            "away from their positions: write --position-embedding-type rope, yarn or none."
+        )

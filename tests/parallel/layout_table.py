@@ -46,6 +46,7 @@ def model_of(layout: Layout) -> str:
     words += ["documents"] * layout.documents + ["empty shards"] * layout.hole
     if layout.stages is not None:
         words.append(f"stages {layout.stages.replace('|', '/')}")
+    words += [layout.variant.replace("_", " ")] * (layout.variant is not None)
     if layout.moe is not None:
         words.append(f"experts: {layout.moe}, {layout.dispatcher}")
     return ", ".join(words)
@@ -65,6 +66,11 @@ def layout_table(measured: Mapping[Layout, Mapping[str, float]], steps: int) -> 
         "stages. Correct layouts agree to rounding; the defects that `tests/parallel/test_mutations.py` puts back on",
         "purpose show at 1e-6 and far above. (The largest deviations of gradients, around 1e-10, are those of the bias",
         "of the key norm without rotary positions: that gradient is zero in exact arithmetic.)",
+        "",
+        "*latent* is multi-latent attention (*latent keys*: queries without a latent, values wider than keys),",
+        "*further* multi-token prediction of two tokens more, *deepseek* both, *sinks* learned attention sinks with",
+        "clamped gated activations, *windows* sinks and sliding windows by turns, *gates* gated attention with layers",
+        "without positions and norm weights stored minus one, *off by one* the softmax of that name.",
         "",
         f"Written by `scripts/test.sh tests/parallel/test_layout_matrix.py --full-matrix --layout-table "
         f"docs/layout_matrix.md` with torch {torch.__version__.split('+')[0]}. By default a part of the matrix runs.",

@@ -209,8 +209,9 @@ def transformer_config(layout: Layout) -> TransformerConfig:
     recompute: dict[str, object] = {}
     if layout.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
-        if layout.moe is not None:
-            recompute["recompute_modules"] = ["core_attn", "moe"]
+        latent = VARIANTS.get(layout.variant or "", {}).get("multi_latent_attention", False)
+        modules = ["core_attn"] + ["mla_up_proj"] * latent + ["moe"] * (layout.moe is not None)
+        recompute["recompute_modules"] = modules
     elif layout.recompute is not None:
         recompute = {
             "recompute_granularity": "full",
@@ -263,6 +264,10 @@ def gpt_config(layout: Layout) -> GPTModelConfig:
         position_embedding_type=layout.positions,
         max_position_embeddings=SEQUENCE,
         share_embeddings_and_output_weights=layout.tied,
+        rotary_scaling_factor=4.0,
+        yarn_original_max_position_embeddings=SEQUENCE // 4,
+        mscale_all_dim=0.7,
+        rope_type="rope",
     )
 
 

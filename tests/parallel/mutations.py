@@ -14,13 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from megatron_lite.context_parallel import blocks
+from megatron_lite.context_parallel import attention as cp_attention
+from megatron_lite.context_parallel import block_attention, blocks
 from megatron_lite.optimizer import clip_grads, optimizer
 from megatron_lite.parallel_state import get_group, get_pipeline_model_parallel_rank
 from megatron_lite.pipeline_parallel import pipelined, schedules, tied_embeddings
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel import collectives, layers, mappings, parameters
 from megatron_lite.training import batches, step
+from megatron_lite.transformer import multi_latent_attention, qkv_projection
 from megatron_lite.transformer.moe import (
     auxiliary_losses,
     experts,
@@ -140,8 +142,7 @@ def tokens_counted_locally():
     """T17, T22: the token count is not summed over the data parallel ranks."""
 
     def broken(micro_batches, group):
-        count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum()
-        return count.clamp(min=1.0)
+        return step.valid_tokens(micro_batches).sum(0).clamp(min=1.0)
 
     return mock.patch.object(step, "count_tokens", broken)
 
@@ -586,6 +587,108 @@ def norm_of_one_chunk():
     return mock.patch("tests.parallel.layouts.get_megatron_optimizer", broken)
 
 
+def latent_norms_not_summed():
+    """T1: norms of the latents, behind down-projections, are taken to have complete gradients."""
+    return _undeclared(lambda name: name.endswith(("q_layernorm.weight", "kv_layernorm.weight")))
+
+
+def down_projections_not_summed():
+    """T1: the same for the down-projections themselves."""
+    return _undeclared(lambda name: "down_proj" in name)
+
+
+def joining_projection_not_summed():
+    """T1: the same for the projection that joins embedding and hidden state in multi-token prediction."""
+    return _undeclared(lambda name: "eh_proj" in name)
+
+
+def key_positions_not_copied():
+    """T3: the rotated part of the keys, which all heads share, gets the gradient of this rank's heads alone."""
+    return mock.patch.object(multi_latent_attention, "copy_to_tensor_model_parallel_region", lambda x, group: x)
+
+
+def future_shifted_after_split():
+    """T18: the tokens further on are looked for in this rank's part of the sequence."""
+    original = batches.prepare
+
+    def broken(batch, cp_group=None, padding=0, depths=0):
+        mine = original(batch, cp_group, padding)
+        text = (mine["tokens"], mine["labels"], mine["loss_mask"])
+        return mine | dict(zip(batches.FUTURE, batches.future_tokens(*text, depths), strict=True))
+
+    return mock.patch.object(batches, "prepare", broken)
+
+
+def future_of_other_documents():
+    """T19: the tokens further on are taken from the next document, too."""
+    original = batches.future_tokens
+    return mock.patch.object(
+        batches,
+        "future_tokens",
+        lambda tokens, labels, mask, depths, starts=None: original(tokens, labels, mask, depths),
+    )
+
+
+def further_losses_by_all_tokens():
+    """T17: the losses of multi-token prediction are divided by the tokens that have a next token's loss."""
+    original = step.count_tokens
+
+    def broken(micro_batches, group):
+        count = original(micro_batches, group)
+        return count[:1].expand_as(count)
+
+    return mock.patch.object(step, "count_tokens", broken)
+
+
+def sinks_counted_twice():
+    """T26: attention sinks are counted by the optimizer once more than their rank holds them."""
+    original = optimizer.MegatronOptimizer.step
+
+    def broken(self):
+        sinks = [p.grad for name, p in self.named_parameters.items() if "softmax_offset" in name]
+        count = optimizer.global_grad_statistics
+        twice = mock.patch.object(
+            optimizer,
+            "global_grad_statistics",
+            lambda grads, *rest: count([*grads, *map(parameters.local, sinks)], *rest),
+        )
+        with twice:
+            return original(self)
+
+    return mock.patch.object(optimizer.MegatronOptimizer, "step", broken)
+
+
+def sinks_of_other_heads():
+    """Heads that come from other ranks in an all-to-all get the sinks of the first ones."""
+    return mock.patch.object(cp_attention, "group_rank", return_value=0)
+
+
+def sinks_without_a_place():
+    """The sinks are left out of the log of the denominator, from which the backward pass takes the probabilities."""
+    original = block_attention.RunningAttention.finish
+
+    def broken(self, sinks):
+        before = self.log_sum
+        out, _ = original(self, sinks)
+        return out, before
+
+    return mock.patch.object(block_attention.RunningAttention, "finish", broken)
+
+
+def gates_by_group():
+    """The gates of a tensor parallel rank that shares a query group are those of the group's first queries."""
+    original = qkv_projection.SharedGroupProjection.__init__
+
+    def broken(self, config, group):
+        original(self, config, group)
+        queries, gates = self.query_rows
+        own = gates.stop - gates.start
+        begin = gates.start - group_rank(group) % (group_size(group) // config.num_query_groups) * own
+        self.query_rows = [queries, slice(begin, begin + own)]
+
+    return mock.patch.object(qkv_projection.SharedGroupProjection, "__init__", broken)
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -647,5 +750,16 @@ MUTATIONS = {
         expert_bias_of_the_first_chunk,
         recomputation_counted,
         norm_of_one_chunk,
+        latent_norms_not_summed,
+        down_projections_not_summed,
+        joining_projection_not_summed,
+        key_positions_not_copied,
+        future_shifted_after_split,
+        future_of_other_documents,
+        further_losses_by_all_tokens,
+        sinks_counted_twice,
+        sinks_of_other_heads,
+        sinks_without_a_place,
+        gates_by_group,
     )
 }

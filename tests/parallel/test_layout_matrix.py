@@ -18,6 +18,7 @@ from megatron_lite.pipeline_parallel.config import SCHEDULES, SPLIT_BACKWARD
 from tests.conftest import MEASURED
 from tests.parallel.layout_table import TABLE, layout_table, row_name
 from tests.parallel.layouts import (
+    VARIANTS,
     Layout,
     Result,
     deviations,
@@ -197,8 +198,64 @@ STAGES_IN_FULL = [
     Layout(moe="aux", pp=2, ep=2, dp=2, accumulation=2, per_token_loss=False, documents=True),
 ]
 
-DEFAULT = TENSOR_AND_DATA + CONTEXT + EXPERTS + STAGES
-LAYOUTS = DEFAULT + TENSOR_AND_DATA_IN_FULL + CONTEXT_IN_FULL + EXPERTS_IN_FULL + STAGES_IN_FULL
+# Layers of today's model families (VARIANTS), each under each axis.
+FAMILIES = [
+    Layout(variant="latent", tp=2, sp=True, positions="rope", normalization="RMSNorm", recompute="selective"),
+    Layout(variant="latent_keys", tp=4, positions="yarn", accumulation=2),
+    Layout(variant="deepseek", cp=2, positions="rope", documents=True, hole=True, accumulation=2),
+    Layout(variant="latent", cp=4, comm="a2a+p2p", hierarchy=(2, 2), positions="yarn", tied=False),
+    Layout(variant="further", pp=2, positions="rope", accumulation=3),
+    Layout(variant="further", tp=2, sp=True, cp=2, positions="none", swiglu=True, tied=False),
+    Layout(variant="deepseek", moe="bias", tp=2, sp=True, ep=2, etp=1, positions="rope", accumulation=2, swiglu=True),
+    Layout(
+        variant="deepseek", moe="bias", pp=2, ep=2, dp=2, schedule="zbv", layers=4, positions="rope", accumulation=2
+    ),
+    Layout(variant="sinks", tp=2, sp=True, cp=2, swiglu=True, accumulation=2),
+    Layout(variant="windows", cp=2, comm="a2a", query_groups=2, documents=True),
+    Layout(variant="gates", tp=4, query_groups=2, positions="rope"),
+    Layout(variant="off_by_one", dp=2, strategy="optim_grads_params", accumulation=2),
+]
+FAMILIES_IN_FULL = [
+    Layout(variant="latent", accumulation=2, positions="yarn"),
+    Layout(variant="latent", tp=2, positions="rope", dp=2, strategy="optim_grads", query_groups=8),
+    Layout(variant="latent_keys", tp=2, sp=True, positions="rope", recompute="selective", tied=False),
+    Layout(variant="latent_keys", cp=2, comm="all_gather", positions="rope", documents=True, dp=2, strategy="optim"),
+    Layout(variant="latent", cp=2, comm="a2a", tp=2, sp=True, positions="yarn", hole=True, normalization="RMSNorm"),
+    Layout(
+        variant="latent", tp=2, sp=True, cp=2, strategy="optim_grads", positions="rope", documents=True, compiled=True
+    ),
+    Layout(variant="latent", pp=2, schedule="zbv", layers=4, positions="rope", accumulation=3),
+    Layout(variant="deepseek", tp=2, sp=True, cp=2, pp=2, positions="rope", accumulation=2),
+    Layout(variant="deepseek", dp=2, strategy="optim_grads_params", positions="rope", recompute="uniform"),
+    Layout(variant="deepseek", pp=4, stages="E|t|t|mL", positions="rope", accumulation=3),
+    Layout(variant="deepseek", pp=2, schedule="dualpipev", layers=4, positions="rope", accumulation=3, tied=False),
+    Layout(
+        variant="deepseek", moe="sequence", cp=2, ep=4, dp=2, positions="rope", strategy="optim_grads", documents=True
+    ),
+    Layout(variant="deepseek", moe="bias", tp=2, ep=2, dp=2, positions="rope", swiglu=True, recompute="selective"),
+    Layout(variant="deepseek", moe="gated", tp=2, sp=True, positions="rope", recompute="uniform", accumulation=2),
+    Layout(variant="further", cp=4, comm="a2a", positions="none", hole=True, accumulation=3, tied=False),
+    Layout(variant="further", dp=3, strategy="optim_grads", positions="rope", documents=True, accumulation=2),
+    Layout(variant="further", cp=2, dp=2, positions="rope", per_token_loss=False, accumulation=2),
+    Layout(
+        variant="further", pp=2, schedule="interleaved-zero-bubble", chunks=2, layers=4, positions="rope", tied=False
+    ),
+    Layout(variant="further", pp=2, dp=2, strategy="optim_grads_params", positions="none", accumulation=3),
+    Layout(variant="further", tp=2, sp=True, dp=2, strategy="optim_grads", positions="rope", compiled=True),
+    Layout(variant="sinks", cp=4, comm="a2a+p2p", hierarchy=(2, 2), swiglu=True, query_groups=4, documents=True),
+    Layout(variant="sinks", moe="aux", tp=2, sp=True, ep=2, etp=1, swiglu=True, accumulation=2),
+    Layout(variant="sinks", pp=2, schedule="zbv", layers=4, swiglu=True, accumulation=3),
+    Layout(variant="windows", tp=2, sp=True, recompute="selective", positions="rope"),
+    Layout(variant="windows", moe="aux", ep=2, dp=2, swiglu=True, accumulation=2, strategy="optim_grads_params"),
+    Layout(variant="windows", tp=2, sp=True, dp=2, strategy="optim_grads", compiled=True),
+    Layout(variant="gates", cp=2, positions="rope", query_groups=4, documents=True, normalization="RMSNorm"),
+    Layout(variant="gates", tp=2, sp=True, pp=2, positions="rope", accumulation=2),
+    Layout(variant="off_by_one", tp=2, cp=2, comm=("a2a", "p2p"), accumulation=2),
+]
+
+DEFAULT = TENSOR_AND_DATA + CONTEXT + EXPERTS + STAGES + FAMILIES
+IN_FULL = TENSOR_AND_DATA_IN_FULL + CONTEXT_IN_FULL + EXPERTS_IN_FULL + STAGES_IN_FULL + FAMILIES_IN_FULL
+LAYOUTS = DEFAULT + IN_FULL
 
 
 @functools.cache
@@ -302,6 +359,18 @@ def test_the_matrix_is_large():
         assert sizes == {2, 4}, schedule
         assert any(one.pp > 1 and transformer_config(one).schedule == schedule for one in DEFAULT), schedule
     assert all(any(is_on(one) for one in DEFAULT) for is_on in AXES.values())
+
+
+def test_every_family_of_layers_meets_every_axis():
+    """Mutation: remove the only row of one."""
+    rows = [one for one in LAYOUTS if one.variant is not None]
+    assert len(rows) >= 40
+    assert {one.variant for one in DEFAULT} == {None, *VARIANTS}
+    for axis in ("tp", "sp", "cp", "pp", "dp", "ep", "recompute", "split backward"):
+        families = {one.variant for one in rows if AXES[axis](one)}
+        assert {"latent", "deepseek"} & families, axis
+        assert {"further", "deepseek"} & families, axis
+        assert {"sinks", "windows"} & families, axis
 
 
 # The all-to-all, because dropout acts on the probabilities too.

@@ -34,6 +34,10 @@ INTERLEAVED = Layout(pp=2, schedule="interleaved", chunks=2, layers=4, accumulat
 V_SHAPED = Layout(pp=2, schedule="zbv", layers=4, accumulation=2)
 EXPERTS_IN_STAGES = Layout(moe="bias", pp=2, ep=2, dp=2, layers=4, schedule="zbv", accumulation=2)
 
+LATENT = Layout(variant="latent", tp=2, sp=True, positions="rope")
+FURTHER = Layout(variant="further", tp=2, sp=True, positions="rope")
+SINKS = Layout(variant="sinks", tp=2, sp=True, swiglu=True)
+
 CASES = [
     ("norms_not_summed", SEQUENCE_PARALLEL, "gradients", "T1"),
     ("row_bias_not_summed", SEQUENCE_PARALLEL, "gradients", "T1"),
@@ -118,6 +122,22 @@ CASES = [
     ("gradients_averaged_over_data_parallel", Layout(pp=2, dp=2, accumulation=2), "gradients", ""),
     ("replicas_counted_in_norm", Layout(pp=2, tp=2), "grad_norm", "T26"),
     ("local_norm", PIPELINE, "grad_norm", "T38"),
+    ("latent_norms_not_summed", LATENT, "gradients", "T1"),
+    ("down_projections_not_summed", LATENT, "gradients", "T1"),
+    ("joining_projection_not_summed", FURTHER, "gradients", "T1"),
+    ("norms_not_summed", FURTHER, "gradients", "T1"),
+    ("key_positions_not_copied", Layout(variant="latent", tp=2, positions="rope"), "gradients", "T3"),
+    ("future_shifted_after_split", Layout(variant="further", cp=2, positions="rope"), "losses", "T18"),
+    ("future_of_other_documents", Layout(variant="further", documents=True, positions="rope"), "losses", "T19"),
+    ("further_losses_by_all_tokens", FURTHER, "gradients", "T17"),
+    ("tokens_counted_locally", Layout(variant="further", cp=2, positions="rope"), "gradients", "T17"),
+    ("tied_gradients_not_summed", Layout(variant="further", pp=2, positions="rope", tied=False), "gradients", "T33"),
+    ("tied_copy_in_norm", Layout(variant="further", pp=2, positions="rope", tied=False), "grad_norm", "T33"),
+    ("sinks_counted_twice", SINKS, "grad_norm", "T26"),
+    ("replicas_counted_in_norm", SINKS, "grad_norm", "T26"),
+    ("sinks_of_other_heads", Layout(variant="sinks", cp=2, comm="a2a", swiglu=True), "loss", ""),
+    ("sinks_without_a_place", SINKS, "gradients", ""),
+    ("gates_by_group", Layout(variant="gates", tp=4, query_groups=2, positions="rope"), "loss", ""),
 ]
 
 

@@ -301,13 +301,14 @@ def test_defaults_build_without_a_command_line() -> None:
 
 
 def test_help_is_quick() -> None:
-    """The best of three, in seconds of processor time, so that other work on the machine does not decide."""
-    assert min(_seconds_of_help() for _ in range(3)) < 3.0
+    """Little more than the import of torch, in processor time of the best of three: other work on the machine and its
+    speed do not decide."""
+    helped = "import megatron_lite; from megatron_lite.arguments import parse_args; parse_args(['--help'])"
+    assert min(_seconds(helped) for _ in range(3)) < 2.0 * min(_seconds("import torch") for _ in range(3))
 
 
-def _seconds_of_help() -> float:
+def _seconds(code: str) -> float:
     before = os.times()
-    code = "import megatron_lite; from megatron_lite.arguments import parse_args; parse_args(['--help'])"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system

@@ -106,8 +106,7 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
     ("words", "named"),
     [
         (["--moe-latent-size", "8"], "--moe-latent-size 8 is given, but not supported: this variant of a mixture"),
-        (["--multi-latent-attention"], "multi-latent attention comes in a later version"),
-        (["--mtp-num-layers", "1"], "multi-token prediction"),
+        (["--mtp-use-repeated-layer"], "--mtp-use-repeated-layer is given, but not supported: this variant of multi-"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
         (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype bf16 is given, but not supported"),
         (["--ckpt-format", "fsdp_dtensor"], "--ckpt-format fsdp_dtensor is given, but not supported"),
