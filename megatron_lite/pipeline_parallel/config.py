@@ -102,6 +102,7 @@ class PipelineConfig(ModelParallelConfig):
             last=self.num_layers_in_last_pipeline_stage,
             account_for_embedding=self.account_for_embedding_in_pipeline_split,
             account_for_loss=self.account_for_loss_in_pipeline_split,
+            mtp_num_layers=self.mtp_num_layers or 0,
         )
 
     def __post_init__(self) -> None:

@@ -17,11 +17,13 @@ class Stage:
         layers: global indices of its transformer layers, counted from 0.
         embedding: it begins with the embedding.
         loss: it ends with the final norm, the output layer and the loss.
+        mtp_layers: layers of multi-token prediction before the loss.
     """
 
     layers: tuple[int, ...]
     embedding: bool = False
     loss: bool = False
+    mtp_layers: int = 0
 
     def describe(self) -> str:
         """Its contents, with layers counted from 1 as Megatron does: "embedding, layers 1 to 4"."""
@@ -29,7 +31,8 @@ class Stage:
         if self.layers:
             first, last = self.layers[0] + 1, self.layers[-1] + 1
             parts.append(f"layer {first}" if first == last else f"layers {first} to {last}")
-        return ", ".join(parts + ["loss"] * self.loss)
+        parts += ["multi-token prediction"] * (self.mtp_layers > 0) + ["loss"] * self.loss
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def even_layout(
     last: int | None = None,
     account_for_embedding: bool = False,
     account_for_loss: bool = False,
+    mtp_num_layers: int = 0,
 ) -> PipelineLayout:
     """As many layers in each stage, but for the ends.
 
@@ -115,6 +119,7 @@ def even_layout(
         v_shaped: see PipelineLayout.
         first, last: layers of the first and of the last rank, where these differ from the others'.
         account_for_embedding, account_for_loss: count the embedding, or the output layer and loss, as one more layer.
+        mtp_num_layers: layers of multi-token prediction, which stand in the last stage and are not counted.
 
     Raises:
         ConfigError: with the numbers that do not divide.
@@ -134,9 +139,11 @@ def even_layout(
         )
     else:
         sizes = _uneven_sizes(num_layers, ranks, stages_per_rank, first, last) * stages_per_rank
-    begins = [sum(sizes[:stage]) for stage in range(len(sizes))]
+    begins, last_stage = [sum(sizes[:stage]) for stage in range(len(sizes))], len(sizes) - 1
     stages = tuple(
-        Stage(tuple(range(begin, begin + size)), stage == 0, stage == len(sizes) - 1)
+        Stage(
+            tuple(range(begin, begin + size)), stage == 0, stage == last_stage, mtp_num_layers * (stage == last_stage)
+        )
         for stage, (begin, size) in enumerate(zip(begins, sizes, strict=True))
     )
     return PipelineLayout(stages, ranks, v_shaped)
@@ -228,7 +235,10 @@ def parse_layout(
             f"mtp_num_layers is {mtp_num_layers or None}: add or remove some, or leave them out."
         )
     held = iter(range(layers))
-    parsed = tuple(Stage(tuple(next(held) for _ in range(s.count("t"))), "E" in s, "L" in s) for s in stages)
+    parsed = tuple(
+        Stage(tuple(next(held) for _ in range(s.count("t"))), "E" in s, "L" in s, mtp_num_layers * ("L" in s))
+        for s in stages
+    )
     try:
         return PipelineLayout(parsed, ranks, v_shaped)
     except ConfigError as error:

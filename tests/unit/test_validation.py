@@ -45,6 +45,9 @@ def violations(monkeypatch: pytest.MonkeyPatch, world: int, line: list[str]) -> 
 
 CP2: dict[str, str | None] = {"context_parallel_size": "2"}
 CP4: dict[str, str | None] = {"context_parallel_size": "4"}
+ROPE: dict[str, str | None] = {"position_embedding_type": "rope"}
+MTP: dict[str, str | None] = {**ROPE, "mtp_num_layers": "1"}
+LATENT: dict[str, str | None] = {**ROPE, "multi_latent_attention": None}
 
 # world size, changed settings, and what the one sentence must hold: the value, the rule's number, the remedy
 CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
@@ -144,6 +147,45 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
         1,
         {"step_batch_size_schedule": "0:4,8K:16", "global_batch_size": "4"},
         ["global_batch_size is 4", "'0:4,8K:16' ends at 16", "--global-batch-size 16"],
+    ),
+    (
+        1,
+        {**LATENT, "position_embedding_type": "learned_absolute"},
+        ["position_embedding_type is learned_absolute", "to be rotated", "rope or yarn"],
+    ),
+    (
+        1,
+        {**LATENT, "group_query_attention": None, "num_query_groups": "2"},
+        ["num_query_groups is 2", "num_attention_heads (4)", "leave out --group-query-attention"],
+    ),
+    (1, {**LATENT, "attention_output_gate": None}, ["attention_output_gate", "leave out one"]),
+    (1, {**LATENT, "add_qkv_bias": None}, ["add_qkv_bias is set with multi_latent_attention", "leave out one"]),
+    (1, {**LATENT, "kv_lora_rank": "0"}, ["kv_lora_rank is 0", "at least 1", "leave it out"]),
+    (1, {**LATENT, "q_lora_rank": "-1"}, ["q_lora_rank is -1", "at least 1"]),
+    (1, {**LATENT, "qk_pos_emb_head_dim": "5"}, ["of qk_pos_emb_head_dim 5 makes 5 rotated", "--qk-pos-emb-head-dim"]),
+    (1, {"recompute_granularity": "selective", "recompute_modules": "mla_up_proj"}, ["names mla_up_proj", "leave it"]),
+    (1, {"mtp_num_layers": "1"}, ["learned_absolute with mtp_num_layers", "write --position-embedding-type rope"]),
+    (1, {"mtp_num_layers": "0"}, ["mtp_num_layers is 0", "at least 1", "leave it out"]),
+    (
+        2,
+        {
+            **ROPE,
+            "mtp_num_layers": "1",
+            "pipeline_model_parallel_size": "2",
+            "pipeline_model_parallel_layout": "Etm|tL",
+        },
+        ["stage 0 is 'Etm'", "(m) stand before L", "'Et|(t|)*2tmL'"],
+    ),
+    (1, {**MTP, "mtp_loss_scaling_factor": "-1"}, ["is -1.0", "not be negative"]),
+    (1, {**ROPE, "no_rope_freq": "0"}, ["no_rope_freq is 0", "at least 1"]),
+    (1, {**ROPE, "no_rope_freq": "[0,1,0]"}, ["no_rope_freq is [0, 1, 0]", "2 layers", "write 2"]),
+    (1, {"softmax_type": "quiet"}, ["softmax_type is 'quiet'", "one of", "learnable"]),
+    (1, {"glu_linear_offset": "1"}, ["glu_linear_offset 1.0", "gated", "--swiglu", "leave them out"]),
+    (1, {"swiglu": None, "activation_func_clamp_value": "-7"}, ["is -7.0", "positive", "leave it out"]),
+    (
+        2,
+        {**CP2, "softmax_type": "learnable", "window_size": "4,0"},
+        ["window_size is (4, 0)", "cp_comm_type p2p", "--cp-comm-type a2a"],
     ),
     (1, {"normalization": "BatchNorm"}, ["normalization is 'BatchNorm'", "one of", "RMSNorm"]),
     (1, {"hidden_dropout": "1.5"}, ["hidden_dropout is 1.5", "0 <= value < 1"]),

@@ -116,7 +116,8 @@ def test_layout_strings(text, expected):
     [
         ("Et|tLx", "whose stage 1 is 'tLx'"),
         ("tE|tL", "stage 0 is 'tE'"),
-        ("Et|m|tL", "multi-token prediction"),
+        ("Et|m|tL", r"multi-token prediction \(m\) stand before L in its stage: write for example 'Et\|\(t\|\)\*2tmL'"),
+        ("Et|tmL", "has 1 layers of multi-token prediction"),
         ("Et|t|tL", "which has 3 layers"),
         ("Et|t", "the last one the loss"),
         ("E|(t|L", "whose stage 1"),
@@ -146,3 +147,13 @@ def test_description():
         "pipeline rank 0: stage 0 (embedding); stage 2 (layers 2 to 3)",
         "pipeline rank 1: stage 1 (layer 1); stage 3 (loss)",
     ]
+
+
+@pytest.mark.parametrize("text", ["Et|tmmL", "Et|tL"])
+def test_multi_token_prediction_stands_in_the_last_stage(text):
+    """Said or not. Mutation: layers of multi-token prediction in every stage."""
+    layouts = [parse_layout(text, 2, 2, mtp_num_layers=2), even_layout(2, 2, mtp_num_layers=2)]
+    assert layouts[0] == layouts[1]
+    assert [stage.mtp_layers for stage in layouts[0].stages] == [0, 2]
+    assert layouts[0].stages[1].describe() == "layer 2, multi-token prediction, loss"
+    assert parse_layout("Et|t|mL", 2, 3, mtp_num_layers=1).stages[2].describe() == "multi-token prediction, loss"
