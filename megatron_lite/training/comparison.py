@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 TOKENS, LABELS, LOSSES = "the tokens read", "the labels read", "the loss of each token"
-_AROUND_LAYERS = (TOKENS, "embedding", "decoder.layers", "decoder.final_layernorm", LABELS, LOSSES)
+_AROUND_LAYERS = (TOKENS, "embedding", "decoder.layers", "decoder.final_layernorm", "mtp.layers", LABELS, LOSSES)
 
 
 class Precision(NamedTuple):
@@ -50,7 +50,7 @@ class LayoutRecord:
     Attributes:
         losses, grad_norms: of each step.
         initial: fingerprint of each parameter's first value.
-        outputs: name of a module -> float64 [samples, s, 1 or 2] numbers of each token in the first step.
+        outputs: name of a module -> float64 [samples, s, k] numbers of each token in the first step.
         gradients: of the first step by parameter name, whole, before clipping.
         weights: after the last step.
         unequal: sentences about tensors of which several ranks hold copies that differ.
@@ -140,6 +140,9 @@ def order_of_computation(name: str) -> tuple[int, ...]:
     layer = re.fullmatch(r"decoder\.layers\.(\d+)(\.\w+)?", name)
     if layer is not None:
         return _AROUND_LAYERS.index("decoder.layers"), int(layer[1]), (".self_attention", ".mlp", None).index(layer[2])
+    further = re.fullmatch(r"mtp\.layers\.(\d+)", name)
+    if further is not None:
+        return _AROUND_LAYERS.index("mtp.layers"), int(further[1])
     return (_AROUND_LAYERS.index(name),)
 
 

@@ -30,8 +30,10 @@ from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.step import forward_backward, train_step
 from megatron_lite.transformer.moe.statistics import is_recomputation
 
-_RECORDED = re.compile(r"embedding|decoder\.layers\.\d+(\.self_attention|\.mlp)?|decoder\.final_layernorm")
-_PADDED = (WORD_EMBEDDINGS, "output_layer.weight")
+_RECORDED = re.compile(
+    r"embedding|decoder\.layers\.\d+(\.self_attention|\.mlp)?|decoder\.final_layernorm|mtp\.layers\.\d+"
+)
+_PADDED = (WORD_EMBEDDINGS, "output_layer.weight", "mtp_embedding.word_embeddings.weight")
 
 
 def record_run(config: RunConfig, device: torch.device, steps: int, bound: float) -> LayoutRecord | None:
@@ -98,7 +100,7 @@ class OutputRecorder:
     """Listens to the modules of this rank's chunks during one step.
 
     Attributes:
-        parts: name -> (numbers of tokens int64 [t], float64 [t, 1 or 2]) of each micro-batch.
+        parts: name -> (numbers of tokens int64 [t], float64 [t, k]) of each micro-batch.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class OutputRecorder:
         # Each pipeline stage sees the micro-batches in order, but stages not at the same time.
         self._coming = {chunk: iter(numbers) for chunk in chunks}
         self._current = torch.empty(0, dtype=torch.int64)
+        self._seen: set[str] = set()
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(config.transformer.hidden_size, dtype=torch.float64, generator=generator)
         self._direction = direction.to(numbers[0].device)
@@ -138,14 +141,17 @@ class OutputRecorder:
 
     def _next_micro_batch(self, chunk: nn.Module, inputs: Any) -> None:
         self._current = next(self._coming[chunk])
+        self._seen = set()
 
     def _hidden_states(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         """A hook for a module whose output is [s, b, h]."""
 
         @torch.no_grad()
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if is_recomputation():
+            # Multi-token prediction embeds tokens again, which are in other places then.
+            if is_recomputation() or name in self._seen:
                 return
+            self._seen.add(name)
             numbers = self._current.t()
             if self._sequence_parallel:
                 numbers = scatter_to_sequence_parallel_region(numbers.contiguous())
@@ -157,7 +163,8 @@ class OutputRecorder:
 
     @torch.no_grad()
     def _losses(self, chunk: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._add(LOSSES, self._current, output.double().unsqueeze(-1))
+        of_depths = output if output.dim() == 3 else output.unsqueeze(0)
+        self._add(LOSSES, self._current, of_depths.double().movedim(0, -1))
 
     def _add_data(self, name: str, numbers: Tensor, *tensors: Tensor | None) -> None:
         read = [tensor.double() for tensor in tensors if tensor is not None]

@@ -85,10 +85,12 @@ CONTEXT = f"--context-parallel-size 2 {TP} --recompute-granularity full --recomp
 CONTEXT += " --recompute-num-layers 1 --reset-attention-mask"
 SHORT = "--seq-length 30 --make-vocab-size-divisible-by 50"  # the vocabulary is padded to 150, with TP 2 to 200
 DEEP = "--num-layers 4 --untie-embeddings-and-output-weights"
+FURTHER = "--position-embedding-type rope --mtp-num-layers 2 --reset-attention-mask"
 EQUAL = {
     "experts": (f"{EXPERTS} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall", EXPERTS),
     "context": (CONTEXT, f"--use-torch-fsdp2 {PP} --reset-attention-mask"),
     "padding": (f"{SHORT} --pad-to-multiple --context-parallel-size 2", f"{SHORT} --tensor-model-parallel-size 2"),
+    "further": (f"{FURTHER} --context-parallel-size 2 {TP}", f"{FURTHER} {PP} --make-vocab-size-divisible-by 50"),
     "stages": (f"{DEEP} {PP} --pipeline-schedule zbv", f"{DEEP} --micro-batch-size 4"),
 }
 
@@ -96,7 +98,8 @@ EQUAL = {
 @pytest.mark.parametrize("name", EQUAL)
 def test_layouts_are_equal(pool: WorkerPool, name: str) -> None:
     """Mutations: numbers of tokens split over tensor parallel ranks before context parallel ones, recomputed layers
-    recorded twice, padding compared too, the first stage's chunk alone listened to."""
+    recorded twice, padding compared too, the first stage's chunk alone listened to, the embedding's second call
+    recorded as its first."""
     comparison = compared(pool, *EQUAL[name])
     assert comparison.is_rounding, comparison
 
@@ -111,11 +114,13 @@ def test_layouts_are_equal(pool: WorkerPool, name: str) -> None:
             "the loss of each token",
         ),
         ("norms_not_summed", f"{TP} --reset-attention-mask", None),
+        ("future_shifted_after_split", f"{FURTHER} --context-parallel-size 2", "mtp.layers.0"),
     ],
 )
 def test_a_mistake_is_found_where_it_is_made(pool: WorkerPool, broken: str, layout: str, first: str | None) -> None:
     """One in the forward pass at the first output, one of the backward pass in the gradients alone."""
-    comparison = compared(pool, layout, "--reset-attention-mask", broken)
+    plain = FURTHER if broken.startswith("future") else "--reset-attention-mask"
+    comparison = compared(pool, layout, plain, broken)
     assert not comparison.is_rounding
     found = comparison.first_difference
     assert (found and found.name) == first

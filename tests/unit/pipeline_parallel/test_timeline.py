@@ -124,6 +124,8 @@ def test_stages_take_time_by_their_layers() -> None:
     assert [times[2, kind] for kind in "FBIW"] == [0.75, 1.125, 0.75, 0.375]
     counted = stage_times(layout, Durations(embedding=2, loss=6))
     assert [counted[stage, "F"] for stage in range(4)] == [3 / 8, 2 / 8, 3 / 8, 1]
+    further = PipelineLayout((Stage((0,), embedding=True), Stage((1,), loss=True, mtp_layers=2)), ranks=2)
+    assert stage_times(further, Durations(loss=1))[1, "F"] == 2 * (1 + 2 + 3) / 7
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:

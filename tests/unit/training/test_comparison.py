@@ -77,7 +77,7 @@ def test_modules_are_ordered_as_a_token_passes_them() -> None:
         *("the tokens read", "embedding"),
         *("decoder.layers.2.self_attention", "decoder.layers.2.mlp", "decoder.layers.2"),
         *("decoder.layers.10.self_attention", "decoder.layers.10.mlp", "decoder.layers.10"),
-        *("decoder.final_layernorm", "the labels read", "the loss of each token"),
+        *("decoder.final_layernorm", "mtp.layers.2", "mtp.layers.10", "the labels read", "the loss of each token"),
     ]
     assert sorted(sorted(names), key=order_of_computation) == names
 
