@@ -26,7 +26,7 @@ from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.transformer.moe.routing import route, route_by_sinkhorn
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
-_OF_EXPERTS = re.compile(r"(.*\.layers\.\d+\.mlp\.)(router|experts|shared_experts)\.")
+_OF_EXPERTS = re.compile(r"(.*\.layers\.\d+\.(?:transformer_layer\.)?mlp\.)(router|experts|shared_experts)\.")
 _DENSE_NAMES = {
     "weight1": "linear_fc1.weight",
     "bias1": "linear_fc1.bias",

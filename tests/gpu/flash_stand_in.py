@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 
-def scores_of(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+def scores_of(query: Tensor, key: Tensor, causal: bool, scale: float, window: int | None = None) -> Tensor:
     """[n, sq, sk] of [sq, n, d] and [sk, n, d]; the last query stands at the last key, as in the kernel."""
     scores = torch.einsum("qnd,knd->nqk", query, key) * scale
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + key.size(0) - query.size(0))
+    behind = key.size(0) - query.size(0)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + behind)
+    if window is not None:
+        hidden |= torch.ones(scores.shape[1:], dtype=torch.bool).tril(behind - window - 1)
     return scores.masked_fill(hidden, -torch.inf) if causal else scores
 
 
@@ -57,9 +60,11 @@ class FlashStandIn:
             yield slice(*q), slice(*k)
 
     def _flash_attention_forward(
-        self, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale
-    ):
+        self, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale,
+        window_size_left=None, window_size_right=None,
+    ):  # fmt: skip
         assert (dropout_p, return_debug_mask) == (0.0, False)
+        assert window_size_right == (None if window_size_left is None else 0)
         assert key.shape == value.shape
         places = list(self.documents(query, key, cum_seq_q, cum_seq_k, max_q, max_k))
         dense = query.dim() == 4
@@ -67,7 +72,7 @@ class FlashStandIn:
         out = torch.full_like(query, torch.nan)
         log_sum = query.new_full((query.size(1), query.size(0)), torch.nan)
         for q, k in places:
-            scores = scores_of(query[q], for_heads_of(query, key[k]), is_causal, scale)
+            scores = scores_of(query[q], for_heads_of(query, key[k]), is_causal, scale, window_size_left)
             log_sum[:, q] = scores.logsumexp(-1)
             out[q] = torch.einsum("nqk,knd->qnd", scores.softmax(-1), for_heads_of(query, value[k]))
         nothing = torch.empty(0)
@@ -75,9 +80,10 @@ class FlashStandIn:
 
     def _flash_attention_backward(
         self, grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
-        rng_state, unused, *, scale,
+        rng_state, unused, *, scale, window_size_left=None, window_size_right=None,
     ):  # fmt: skip
         assert dropout_p == 0.0
+        assert window_size_right == (None if window_size_left is None else 0)
         assert grad_out.shape == out.shape == query.shape
         assert logsumexp.is_contiguous(), "the kernel reads it as plain memory"
         places = list(self.documents(query, key, cum_seq_q, cum_seq_k, max_q, max_k))
@@ -87,9 +93,8 @@ class FlashStandIn:
         assert log_sum.shape == (query.size(1), query.size(0))
         dq, dk, dv = (torch.full_like(x, torch.nan) for x in (query, key, value))
         for q, k in places:
-            probabilities = (
-                scores_of(query[q], for_heads_of(query, key[k]), is_causal, scale) - log_sum[:, q, None]
-            ).exp()
+            scores = scores_of(query[q], for_heads_of(query, key[k]), is_causal, scale, window_size_left)
+            probabilities = (scores - log_sum[:, q, None]).exp()
             dot = (grad[q] * out[q]).sum(-1).t()
             by_scores = probabilities * (
                 torch.einsum("qnd,knd->nqk", grad[q], for_heads_of(query, value[k])) - dot[..., None]

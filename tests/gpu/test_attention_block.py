@@ -47,11 +47,12 @@ def inputs(queries: int, keys: int, heads: int, key_heads: int, head_size: int, 
     return query, key.contiguous(), value.contiguous(), grad.contiguous()
 
 
-def compute(tensors: tuple[Tensor, ...], causal: bool, backend: str) -> list[Tensor]:
+def compute(tensors: tuple[Tensor, ...], causal: bool, backend: str, window: int = -1) -> list[Tensor]:
     """Output, log_sum and gradients of one block."""
     query, key, value, grad = tensors
-    out, log_sum = attention_block(query, key, value, causal, SCALE, backend)
-    return [out, log_sum, *attention_block_backward(grad, query, key, value, out, log_sum, causal, SCALE, backend)]
+    out, log_sum = attention_block(query, key, value, causal, SCALE, backend, window=window)
+    seen = (grad, query, key, value, out, log_sum)
+    return [out, log_sum, *attention_block_backward(*seen, causal, SCALE, backend, window=window)]
 
 
 def assert_close(actual: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
@@ -91,6 +92,15 @@ def test_block_equals_plain_operations(dtype, backend, queries, keys, heads, key
     actual = compute(tensors, causal, backend)
     assert actual[1].dtype == torch.float32
     assert_close(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize("window", [0, 100, 127])
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_a_window_equals_plain_operations(backend, window):
+    """As gpt-oss has them. Mutation: the window left out, or one wider."""
+    tensors = inputs(512, 512, 8, 2, 64, 2, torch.bfloat16)
+    wanted = compute(tuple(x.float() for x in tensors), True, "eager", window)
+    assert_close(compute(tensors, True, backend, window), wanted, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])

@@ -310,14 +310,14 @@ def draw(rows: int, steps: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tens
     return query, grad, others[:steps], others[steps:]
 
 
-def run_blocks(plan: list[Block], steps: int, rows: int, backend: str) -> list[Tensor]:
+def run_blocks(plan: list[Block], steps: int, rows: int, backend: str, window: int = -1) -> list[Tensor]:
     """Output, log_sum and the gradients of queries and of each step's keys and values, block by block."""
     query, grad, keys_values, parts = draw(rows, steps)
-    running = RunningAttention(query, SCALE, backend)
+    running = RunningAttention(query, SCALE, backend, window)
     for step in range(steps):
         running.add(keys_values[step], of_step(plan, step))
     out, log_sum = running.finish(NO_SINKS)
-    gradient = AttentionGradient(grad, query, out, log_sum, SCALE, backend)
+    gradient = AttentionGradient(grad, query, out, log_sum, SCALE, backend, window)
     for step in range(steps):
         before = parts[step].clone()
         gradient.add(keys_values[step], of_step(plan, step), parts[step])
@@ -325,13 +325,14 @@ def run_blocks(plan: list[Block], steps: int, rows: int, backend: str) -> list[T
     return [out, log_sum, gradient.grad_query, *parts]
 
 
-def run_whole(plan: list[Block], steps: int, rows: int) -> list[Tensor]:
+def run_whole(plan: list[Block], steps: int, rows: int, window: int = -1) -> list[Tensor]:
     """The same from one mask over the keys of all steps, by autograd."""
     query, grad, keys_values, _ = draw(rows, steps)
     visible = torch.zeros(rows, steps, rows, dtype=torch.bool)
     for block in plan:
         part = visible[block.q_start : block.q_end, block.step, block.k_start : block.k_end]
-        part |= torch.ones_like(part).tril() if block.causal else True
+        triangle = torch.ones_like(part).tril()
+        part |= (triangle if window < 0 else triangle.triu(-window)) if block.causal else True
     mask = visible.view(rows, 1, 1, -1)
     leaves = [query.requires_grad_(), *(x.requires_grad_() for x in keys_values)]
     key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=2) for x in torch.cat(keys_values, dim=1))
@@ -342,9 +343,10 @@ def run_whole(plan: list[Block], steps: int, rows: int) -> list[Tensor]:
     return [out.detach(), scores.detach().logsumexp(-1), *torch.autograd.grad((out * grad).sum(), leaves)]
 
 
-def check(plan: list[Block], steps: int, rows: int, backend: str = "flash") -> None:
+def check(plan: list[Block], steps: int, rows: int, backend: str = "flash", window: int = -1) -> None:
     """The blocks together give attention under the mask that they stand for."""
-    for actual, wanted in zip(run_blocks(plan, steps, rows, backend), run_whole(plan, steps, rows), strict=True):
+    found, expected = run_blocks(plan, steps, rows, backend, window), run_whole(plan, steps, rows, window)
+    for actual, wanted in zip(found, expected, strict=True):
         assert not actual.isnan().any()
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
@@ -483,3 +485,20 @@ def test_running_result_is_wide_once_blocks_are_merged(dtype):
     assert (log_sum[15] == -torch.inf).all()
     assert out.dtype == dtype
     assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("window", [0, 2, 40])
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_windows_of_documents(stand_in: FlashStandIn, backend: str, window: int) -> None:
+    """By flash, with and without packing. Mutations: the window left out of the backward pass; right edge -1; cuDNN
+    called for a window, which it does not know."""
+    check(attention_blocks(SequenceLayout((0, 12), ((0, 5), (5, 12))), 1, 0), 1, 12, backend, window)
+    check(attention_blocks(SequenceLayout((0, 12), ((0, 12),)), 1, 0), 1, 12, backend, window)
+    assert (stand_in.packed, stand_in.dense) == (2, 2)
+
+
+@pytest.mark.parametrize("window", [0, 2, 40])
+@pytest.mark.parametrize("backend", ["flash_cpu", "eager"])
+def test_windows_by_the_cpus_kernel_and_by_hand(backend: str, window: int) -> None:
+    """Mutation: a window one wider."""
+    check(attention_blocks(SequenceLayout((0, 12), ((0, 5), (5, 12))), 1, 0), 1, 12, backend, window)

@@ -39,6 +39,7 @@ def first_loss(monkeypatch, path: Path, dense: Path, *words: str) -> float:
         ([], []),
         (["--swiglu", "--disable-bias-linear"], ["--moe-router-topk", "3"]),
         (["--swiglu"], ["--moe-layer-freq", "[0,1]"]),
+        (["--swiglu", "--position-embedding-type", "rope", "--mtp-num-layers", "2"], []),
         (["--swiglu"], ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]),
         ([], ["--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
         ([], ["--moe-router-pre-softmax", "--moe-router-topk", "4"]),
