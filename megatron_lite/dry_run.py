@@ -5,6 +5,7 @@ collectives do nothing. So layout, parameters and bytes are read off the real mo
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -135,8 +136,8 @@ def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
     parameters = dict(model.named_parameters())
     for name in names:
         stored += local(parameters[name]).numel()
-        if ".layers." in name:
-            layer = name.split(".layers.")[1].split(".")[0]
+        if (found := re.match(r".*?\.layers\.\d+", name)) is not None:
+            layer = found[0]  # "decoder.layers.0", or of multi-token prediction "mtp.layers.0"
             layers[layer] = layers.get(layer, 0) + shards[name]
     total = sum(shards[name] for name in names)
     return Part(total, stored, max(layers.values(), default=0), sum(layers.values()))
@@ -218,7 +219,7 @@ def _parameter_lines(run: RunConfig, sizes: list[ModelSize], rank: int) -> Itera
         c, active = run.transformer, sum(one.active for one in sizes) - padding
         yield (
             f"active for a token: {active:,} ({c.moe_router_topk} of {c.num_moe_experts} experts in {c.num_moe_layers} "
-            f"of {c.num_layers} layers)"
+            f"of {c.num_layers + (c.mtp_num_layers or 0)} layers)"
         )
     experts = f" ({size.experts.shard:,} of experts)" if size.experts.shard else ""
     stored = f" ({size.experts.stored:,} of experts)" if size.experts.shard else ""

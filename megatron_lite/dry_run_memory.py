@@ -129,41 +129,46 @@ def _gathered(run: RunConfig, part: Part, ranks: int) -> int:
 
 def activation_bytes(run: RunConfig) -> int:
     """Bytes that all layers hold for the backward of one micro-batch, at most."""
-    return sum(_activations(run, range(run.transformer.num_layers)))
+    return sum(_activations(run, range(run.transformer.num_layers), run.transformer.mtp_num_layers or 0))
 
 
-def _activations(run: RunConfig, held: Sequence[int]) -> tuple[int, int]:
+def _activations(run: RunConfig, held: Sequence[int], depths: int) -> tuple[int, int]:
     """Bytes that some layers keep for the backward of one micro-batch, and what that backward makes anew for a while.
 
     Attention counts as one fused operation.
 
     The tokens are this context parallel rank's part of the sequences, padding included.
     Per token and layer: the inputs of both norms and of the two matrices after them (4 h, split over tensor ranks
-    only with sequence parallelism), queries, keys, values and the attention's output, and what the MLP or the experts
-    keep. Full recomputation keeps one layer input (h) for each recomputed unit, and one unit's activations while it is
-    recomputed. Left out: dropout masks, the loss (it runs in chunks), and what context parallel ranks have of each
-    other's keys and values.
+    only with sequence parallelism), and what attention and the MLP or the experts keep. A depth of multi-token
+    prediction has a layer, and before it the inputs of two norms and of the projection (4 h), behind it of one norm
+    (h). Full recomputation keeps one layer input (h) for each recomputed unit, and one unit's activations while it is
+    recomputed. Left out: dropout masks, the loss (it runs in chunks), what context parallel ranks have of each
+    other's keys and values, and what other recomputed parts of a layer make anew than latent attention's.
 
     Args:
         run: shapes, layout and recomputation.
         held: global indices of the layers, from 0: those of one pipeline stage, for example.
+        depths: of multi-token prediction; they stand in the stage of the loss.
     """
     c = run.transformer
-    tp, heads = c.tensor_model_parallel_size, c.kv_channels or 0
     tokens = (run.training.micro_batch_size or 1) * run.padded_sequence_length // c.context_parallel_size
-    stream = c.hidden_size / (tp if c.sequence_parallel else 1)
-    attention = (2 * c.num_attention_heads + 2 * (c.num_query_groups or 0)) * heads / tp
-    with_experts = sum(is_moe_layer(c, index + 1) for index in held)
-    elements = len(held) * (4 * stream + attention) + (len(held) - with_experts) * _of_mlp(run)
-    elements += with_experts * _of_experts(run)
-    anew = 0.0
-    if c.recompute_granularity == "full" and c.recompute_num_layers and held:
-        layer = elements / len(held)
-        n = min(c.recompute_num_layers, len(held))
-        if c.recompute_method == "uniform":
-            elements, anew = math.ceil(len(held) / n) * stream, n * layer
-        else:
-            elements, anew = n * stream + (len(held) - n) * layer, layer
+    stream = c.hidden_size / (c.tensor_model_parallel_size if c.sequence_parallel else 1)
+    attention, anew = _of_attention(run)
+
+    def of_layer(index: int) -> float:
+        return 4 * stream + attention + (_of_experts(run) if is_moe_layer(c, index + 1) else _of_mlp(run))
+
+    elements, last = sum(map(of_layer, held)), of_layer(c.num_layers)  # the layers of multi-token prediction are alike
+    if c.recompute_granularity == "full" and c.recompute_num_layers:
+        if held:
+            layer = elements / len(held)
+            n = min(c.recompute_num_layers, len(held))
+            if c.recompute_method == "uniform":
+                elements, anew = math.ceil(len(held) / n) * stream, n * layer
+            else:
+                elements, anew = n * stream + (len(held) - n) * layer, layer
+        anew, last = max(anew, last if depths else 0.0), stream
+    elements += depths * (5 * stream + last)
     size = tokens * c.params_dtype.itemsize
     return int(size * elements), int(size * anew)
 
@@ -175,13 +180,38 @@ def activations_of_pipeline(run: RunConfig) -> list[int]:
         return [activation_bytes(run)]
     from megatron_lite.pipeline_parallel.orders import most_held, pipeline_order  # half a second
 
-    kept, anew = zip(*(_activations(run, stage.layers) for stage in layout.stages), strict=True)
+    depths = run.transformer.mtp_num_layers or 0
+    of_stages = [_activations(run, stage.layers, depths if stage.loss else 0) for stage in layout.stages]
+    kept, anew = zip(*of_stages, strict=True)
     order = pipeline_order(run.transformer.schedule, layout, micro_batches(run))
-    return [most_held(order[rank], kept) + max(anew) for rank in range(layout.ranks)]
+    return [most_held(order[rank], kept) + max(anew[n] for n in layout.stages_of(rank)) for rank in range(layout.ranks)]
 
 
 def _pipelined(run: RunConfig) -> bool:
     return run.transformer.pipeline_model_parallel_size > 1
+
+
+def _of_attention(run: RunConfig) -> tuple[float, float]:
+    """What one layer's attention keeps, per token, and what it makes anew in backward: both split over tensor ranks.
+
+    It keeps queries, keys and values and its output, with an output gate also the sigmoid and the product. In latent
+    attention all four are as wide as the wider of queries and values, and the output projection reads a copy without
+    the filling. Latents are kept before and behind their norms, whole but for sequence parallelism. Recomputing
+    mla_up_proj keeps them and the output alone.
+    """
+    c, heads = run.transformer, run.transformer.num_attention_heads
+    tp = c.tensor_model_parallel_size
+    if not c.multi_latent_attention:
+        query_like = (4 if c.attention_output_gate else 2) * heads
+        return (query_like + 2 * (c.num_query_groups or 0)) * (c.kv_channels or 0) / tp, 0.0
+    width = max(c.query_channels, c.value_channels)
+    projected = 3 * heads * width / tp
+    output = heads * (width + (c.value_channels if c.value_channels < width else 0)) / tp
+    latents = (1 + c.qk_layernorm) * ((c.q_lora_rank or 0) + c.kv_lora_rank) + c.qk_pos_emb_head_dim
+    output += latents / (tp if c.sequence_parallel else 1)
+    if c.recompute_granularity == "selective" and "mla_up_proj" in (c.recompute_modules or []):
+        return output, projected
+    return projected + output, 0.0
 
 
 def _of_mlp(run: RunConfig) -> float:

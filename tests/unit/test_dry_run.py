@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_lite import parallel_state
@@ -14,6 +15,8 @@ from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.dry_run import describe, dry_run
 from megatron_lite.dry_run_memory import ModelSize, Part, activation_bytes, activations_of_pipeline, memory_of
 from megatron_lite.errors import ConfigError
+from megatron_lite.transformer.multi_latent_attention import MLASelfAttention
+from megatron_lite.transformer.rope import RotaryEmbedding
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,19 +234,6 @@ def test_pipelines_keep_gradients_and_weights_whole_during_a_step() -> None:
     assert found.gradients == 250 * 4 + 1000 * 4
 
 
-# DeepSeek-V3's shape (its attention apart, which is latent): 61 layers, 256 experts, in 16 stages as its authors split.
-DEEPSEEK = """
-    --num-layers 61 --hidden-size 7168 --num-attention-heads 128 --kv-channels 128 --ffn-hidden-size 18432 --swiglu
-    --normalization RMSNorm --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
-    --seq-length 4096 --max-position-embeddings 4096 --vocab-size 129280 --num-experts 256 --moe-ffn-hidden-size 2048
-    --moe-router-topk 8 --moe-layer-freq [0]*3+[1]*58 --moe-shared-expert-intermediate-size 2048 --moe-grouped-gemm
-    --moe-router-score-function sigmoid --moe-router-enable-expert-bias --micro-batch-size 1 --global-batch-size 15360
-    --train-iters 100 --lr 1e-4 --bf16 --use-distributed-optimizer --tokenizer-type NullTokenizer --mock-data
-    --pipeline-model-parallel-size 16 --expert-model-parallel-size 64 --context-parallel-size 2
-    --pipeline-model-parallel-layout Et*3|(t*4|)*13t*3|t*3L
-"""
-
-
 @pytest.mark.parametrize(
     ("words", "experts"),
     [
@@ -260,7 +250,10 @@ DEEPSEEK = """
             ],
             0,
         ),
-        (DEEPSEEK.split(), 256 * 58 * 3 * 7168 * 2048),
+        (
+            ["--config", "configs/deepseek_v3.yaml", "--context-parallel-size", "2"],
+            256 * 59 * 3 * 7168 * 2048,
+        ),
     ],
     ids=["gpt3_175b", "deepseek_v3"],
 )
@@ -318,6 +311,116 @@ def test_activations_by_the_formula() -> None:
     assert recomputed == 8 * 256 * 4 * (2 * 256 + 2 * (4 * 256 + 32 * 32 + 3 * 1024))
     split = activation_bytes(run_of("quickstart", 2, "--tensor-model-parallel-size", "2"))
     assert split == plain // 2
+
+
+LATENT = """
+    --multi-latent-attention --position-embedding-type rope --q-lora-rank 48 --kv-lora-rank 32 --qk-head-dim 16
+    --qk-pos-emb-head-dim 8 --v-head-dim 16 --qk-layernorm
+"""
+LATENTS = 2 * 48 + 2 * 32 + 8
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (LATENT, 8 * (3 * 24 + 24 + 16) + LATENTS),
+        (LATENT + "--v-head-dim 24", 8 * 4 * 24 + LATENTS),
+        (LATENT + "--v-head-dim 32", 8 * 4 * 32 + LATENTS),
+        (
+            LATENT + "--recompute-granularity selective --recompute-modules mla_up_proj",
+            8 * (24 + 16) + LATENTS + 8 * 72,
+        ),
+        (LATENT + "--recompute-granularity selective --recompute-modules core_attn", 8 * (3 * 24 + 24 + 16) + LATENTS),
+        ("--attention-output-gate --num-query-groups 4", (4 * 8 + 2 * 4) * 32),
+    ],
+    ids=["latent", "equal", "wide_values", "mla_up_proj", "core_attn", "gate"],
+)
+def test_activations_of_attention(words: str, kept: int) -> None:
+    """8 heads: queries, keys, values and output alike wide, the output once more without the filling; the latents.
+
+    Recomputing the up-projection keeps the output and the latents in each layer, and makes the rest of one layer anew.
+    Mutations: values as wide as they are; no copy of the output; no latents; recomputed ones kept; no gate.
+    """
+    layer, mlp = 4 * 256 + kept, 3 * 1024
+    anew = 8 * 72 if "mla_up_proj" in words else 0
+    found = activation_bytes(run_of("quickstart", 1, *words.split()))
+    assert found == 8 * 256 * 4 * (4 * (layer - anew + mlp) + anew)
+
+
+def test_activations_of_latent_attention_over_tensor_ranks() -> None:
+    """Heads are split, latents are not, but for sequence parallelism. Mutation: split both, or none."""
+    heads = 8 * (3 * 24 + 24 + 16) + 3 * 1024
+    words = [*LATENT.split(), "--tensor-model-parallel-size", "2"]
+    plain = activation_bytes(run_of("quickstart", 2, *words, "--no-sequence-parallel"))
+    assert plain == 8 * 256 * 4 * 4 * (4 * 256 + LATENTS + heads // 2)
+    split = activation_bytes(run_of("quickstart", 2, *words, "--sequence-parallel"))
+    assert split == 8 * 256 * 4 * 4 * (4 * 256 + LATENTS + heads) // 2
+
+
+def test_a_layer_of_latent_attention_keeps_what_is_estimated() -> None:
+    """Measured: what autograd saves in one layer's attention, but weights and tables, against the formula.
+
+    More, and known: statistics of two norms and of the softmax of 8 heads, and, as on a CPU norms are several
+    operations, each latent between normalization and weight. Mutations: as above; a core that keeps other widths.
+    """
+    run = run_of("quickstart", 1, *LATENT.split())
+    attention = MLASelfAttention(run.transformer, 1)
+    hidden = torch.randn(256, 2, 256, requires_grad=True)
+    rotary = RotaryEmbedding(8)(torch.arange(256).expand(2, -1), torch.float32)
+    known = {t.untyped_storage().data_ptr() for t in (hidden, *rotary, *attention.parameters())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = attention(hidden, None, rotary)
+    measured = sum(storage.nbytes() for storage in saved.values())
+    assert output.shape == hidden.shape
+    more = 2 + 8 + 48 + 32
+    estimated = activation_bytes(run) / (8 * 256 * 4) / 4 - 4 * 256 - 3 * 1024
+    assert measured == 2 * 256 * 4 * (estimated + more)
+
+
+def test_multi_token_prediction_takes_memory_in_the_last_stage() -> None:
+    """Each depth: a layer like the decoder's last, here with experts, and 5 h of its norms and its projection.
+
+    Mutations: no depths; a dense layer; every stage has them; 4 h; its recomputed layer kept, or not made anew.
+    """
+    words = "--mtp-num-layers 2 --position-embedding-type rope --moe-layer-freq [0,0,0,1] --micro-batch-size 2 "
+    words += "--global-batch-size 16 --expert-model-parallel-size 1"
+    unit, attention = 2 * 256 * 4, 4 * 256 + 32 * 32
+    dense, experts = attention + 3 * 1024, attention + 2 * (256 + 5 * 512)
+    depths = 2 * (5 * 256 + experts)
+    assert activation_bytes(run_of("quickstart_moe", 1, *words.split())) == unit * (3 * dense + experts + depths)
+    pipeline = [*words.split(), "--pipeline-model-parallel-size", "4"]
+    found = activations_of_pipeline(run_of("quickstart_moe", 4, *pipeline))
+    assert found == [unit * n for n in (4 * dense, 3 * dense, 2 * dense, experts + depths)]
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    found = activations_of_pipeline(run_of("quickstart_moe", 4, *pipeline, *full))
+    held = [n * 256 + dense for n in (4, 3, 2)]
+    assert found == [unit * n for n in (*held, 256 + 2 * 6 * 256 + experts)]
+    halves = [*words.split(), "--pipeline-model-parallel-size", "2", *full]
+    found = activations_of_pipeline(run_of("quickstart_moe", 2, *halves))
+    assert found == [unit * n for n in (2 * 2 * 256 + dense, 2 * 256 + 2 * 6 * 256 + experts)]
+
+
+def test_layers_of_multi_token_prediction_are_units_of_their_own() -> None:
+    """Under optim_grads_params two layers are gathered: the largest of all, none of them two with one number.
+
+    Mutation: layers told apart by their number alone.
+    """
+    words = "--mtp-num-layers 1 --bf16 --data-parallel-sharding-strategy optim_grads_params"
+    run = run_of("quickstart", 2, *words.split())
+    report = describe(run)
+    layer = 256 * (16 * 32 + 2 * 256) + 3 * 256 * 1024 + 2 * 256
+    further = layer + 2 * 256 * 256 + 3 * 256
+    outside = number_after(report, "whole model:") - 4 * layer - further
+    gathered = float(report.split("gathered weights (bfloat16)")[1].split()[0])
+    assert gathered == pytest.approx(2 * (2 * further + outside) / 2**20, abs=1e-3)
 
 
 def test_growing_batches_are_listed() -> None:
