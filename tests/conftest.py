@@ -12,8 +12,9 @@ MEASURED: pytest.StashKey[dict[Any, dict[str, float]]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the layout matrix."""
+    """Options of the layout matrix, and of the test of kills."""
     parser.addoption("--full-matrix", action="store_true", help="run all layouts of test_layout_matrix.py")
+    parser.addoption("--kills", type=int, default=5, help="how often test_killed_runs_resume_bit_for_bit kills a run")
     parser.addoption("--layout-table", metavar="FILE", help="write their deviations as a Markdown table")
 
 

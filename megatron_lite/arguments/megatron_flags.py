@@ -87,9 +87,9 @@ NO_EFFECT: dict[str, str] = {
     "random states are kept by torch, one stream for each purpose": """
         --te-rng-tracker --inference-rng-tracker
     """,
-    "saving and loading are sharded over all ranks, checked key by key, and done before training goes on": """
+    "saving and loading are sharded over all ranks and checked key by key": """
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args
-        --ckpt-format=torch_dist|torch_dcp --auto-detect-ckpt-format --no-ckpt-fully-parallel-save --async-save
+        --ckpt-format=torch_dist|torch_dcp --auto-detect-ckpt-format --no-ckpt-fully-parallel-save
         --async-strategy= --use-persistent-ckpt-worker --async-ckpt-cpu-priority= --async-ckpt-io-priority=
         --async-ckpt-use-cpu-shm --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo=
         --ckpt-fully-parallel-load-per-rank-objects --ckpt-fully-parallel-save-process-group=

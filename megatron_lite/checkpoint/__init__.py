@@ -1,5 +1,6 @@
 """Checkpoints on torch.distributed.checkpoint: durable, readable at any layout, and safe to open."""
 
+from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.checkpointing import (
     CheckpointState,
     load_checkpoint,
@@ -7,13 +8,15 @@ from megatron_lite.checkpoint.checkpointing import (
     save_checkpoint,
 )
 from megatron_lite.checkpoint.common import read_common
-from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megatron_lite.checkpoint.folders import find_checkpoint, read_tracker
 from megatron_lite.checkpoint.replicas import verify_all_replicas, verify_replicas
 
 __all__ = [
+    "BackgroundSaver",
     "CheckpointError",
     "CheckpointState",
+    "DamagedCheckpointError",
     "find_checkpoint",
     "load_checkpoint",
     "load_weights",

@@ -8,8 +8,11 @@ their global names, whatever the layout, so any other layout can read its own pa
     rng.<rank>.<stream>                 bytes of a rank's random number streams
 """
 
+import functools
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +23,17 @@ from torch import Tensor, nn
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import folders
 from megatron_lite.checkpoint.agreement import agreed, from_rank_zero, union_of_names, world
+from megatron_lite.checkpoint.background import BackgroundSaver, to_host
+from megatron_lite.checkpoint.checksums import (
+    CHECKSUMS,
+    Checksums,
+    as_json,
+    checksums_of,
+    read_checksums,
+    verify_files,
+)
 from megatron_lite.checkpoint.common import COMMON, FORMAT, FORMAT_VERSION, read_common
-from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megatron_lite.checkpoint.layout import current_layout, describe_changes
 from megatron_lite.checkpoint.model_state import compare_names_and_shapes, fill_copies, model_tensors
 from megatron_lite.checkpoint.replicas import verify_all_replicas
@@ -75,10 +87,12 @@ def save_checkpoint(
     retain_interval: int | None = None,
     save_rng: bool = True,
     check_replicas: bool = True,
+    background: BackgroundSaver | None = None,
 ) -> Path:
     """Write a checkpoint and move the tracker to it once every rank's data is durable. Collective over the world.
 
-    If any rank fails, all raise and the previous checkpoint and the tracker stay as they were.
+    If any rank fails, all raise and the previous checkpoint and the tracker stay as they were. With `background` this
+    returns as soon as the state is copied to host memory; how the writing ends, that says (`poll`, `finish`).
 
     Args:
         root: folder of the run's checkpoints, visible to every rank.
@@ -92,6 +106,7 @@ def save_checkpoint(
         save_rng: store the random number streams of every rank.
         check_replicas: first compare the copies of replicated parameters (`verify_all_replicas`), a few milliseconds.
             If they differ a warning names them and the first copy is saved: losing the run would be worse.
+        background: writes while training goes on; no save of its own may be under way.
 
     Returns:
         The folder of the checkpoint.
@@ -101,31 +116,46 @@ def save_checkpoint(
     """
     root = Path(root)
     what = f"Saving the checkpoint of iteration {iteration} to {root}"
-    _print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
+    how = "" if background is None else ", while training goes on"
+    _print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format{how}")
     chunks = as_chunks(model_chunks)
     if check_replicas and parallel_state.model_parallel_is_initialized():
         _warn_of_drift(chunks)
-    try:
+    group = None if background is None else background.group
+
+    def write(folder: Path, tensors: dict[str, Tensor], common: str) -> None:
+        checksums = write_tensors(what, folder, tensors, group)
+        from_rank_zero(what, lambda: _complete(root, iteration, common, checksums), group)
+        _print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {root}")
+        if world()[0] == 0:
+            _prune(root, iteration, keep_last, retain_interval)
+
+    def write_or_discard(*content: Any) -> None:
+        with _discarding(root, iteration):
+            write(*content)
+
+    with _discarding(root, iteration):
         folder = Path(from_rank_zero(what, lambda: str(folders.open_temporary_folder(root, iteration))))
-        write_tensors(what, folder, agreed(what, lambda: _tensors_to_save(chunks, optimizer, save_rng)))
-        common = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "iteration": iteration,
-            "torch_version": str(torch.__version__),
-            "layout": current_layout(chunks[0]),
-            "extra": dict(extra),
-            "config": dict(config_dict),
-        }
-        final = from_rank_zero(what, lambda: _complete(root, iteration, common))
+        tensors = agreed(what, lambda: _tensors_to_save(chunks, optimizer, save_rng))
+        common = agreed(what, lambda: _common(iteration, chunks[0], extra, config_dict))
+        if background is not None:
+            tensors = agreed(what, lambda: to_host(tensors))
+    if background is None:
+        write_or_discard(folder, tensors, common)
+    else:
+        background.start(functools.partial(write_or_discard, folder, tensors, common))
+    return folders.checkpoint_folder(root, iteration)
+
+
+@contextmanager
+def _discarding(root: Path, iteration: int) -> Iterator[None]:
+    """What belongs to one save: if it fails, what it wrote is removed, and the error says what is left."""
+    try:
+        yield
     except CheckpointError as error:
         if world()[0] == 0:
             folders.discard_temporary_folder(root, iteration)
         raise CheckpointError(f"{error}\n{_what_remains(root)}") from error
-    _print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {root}")
-    if world()[0] == 0:
-        _prune(root, iteration, keep_last, retain_interval)
-    return Path(final)
 
 
 def load_checkpoint(
@@ -138,6 +168,8 @@ def load_checkpoint(
     finetune: bool = False,
     ckpt_step: int | None = None,
     exit_on_missing_checkpoint: bool = False,
+    verify: bool = False,
+    fallback: bool = True,
 ) -> CheckpointState | None:
     """Restore a run, in place, at this layout or another. Collective over the world.
 
@@ -153,6 +185,8 @@ def load_checkpoint(
         finetune: weights only, and the run starts at iteration 0.
         ckpt_step: the iteration to load instead of the one the tracker names.
         exit_on_missing_checkpoint: raise if there is no checkpoint, instead of starting anew.
+        verify: first compare every file with its checksum; the ranks share the files.
+        fallback: where the checkpoint that the tracker names is damaged, take the newest earlier one that is whole.
 
     Returns:
         What else the checkpoint holds, or None if there is none.
@@ -161,16 +195,47 @@ def load_checkpoint(
         CheckpointError: the checkpoint is missing though asked for, damaged, unsafe, or of another model.
     """
     root = Path(root)
-    chunks = as_chunks(model_chunks)
-    found = from_rank_zero(f"Finding a checkpoint in {root}", lambda: _find(root, ckpt_step))
-    if found is None:
+    choices = from_rank_zero(f"Finding a checkpoint in {root}", lambda: _choices(root, ckpt_step, fallback))
+    if not choices:
         if exit_on_missing_checkpoint:
             raise CheckpointError(f"There is no checkpoint in {root}, and --exit-on-missing-checkpoint is set.")
         _print_rank_0(f"WARNING: could not find {root / folders.TRACKER}; no checkpoint is loaded, starting anew")
         return None
-    folder, common, seed = Path(found[0]), found[1], found[2]
-    _print_rank_0(f" loading checkpoint from {root} at iteration {common['iteration']}")
+    load = functools.partial(
+        _load_one, root, as_chunks(model_chunks), optimizer, load_optimizer, load_rng, finetune, verify
+    )
+    for iteration, earlier in itertools.pairwise([*choices, None]):
+        assert iteration is not None
+        try:
+            return load(iteration)
+        except DamagedCheckpointError as error:
+            if earlier is None:
+                raise
+            _print_rank_0(
+                f"WARNING: {error}\nThe checkpoint of iteration {earlier} is loaded instead; the iterations since are "
+                "trained again. (--no-fallback stops here.)"
+            )
+    raise AssertionError("the last choice returns or raises")
 
+
+def _load_one(
+    root: Path,
+    chunks: list[nn.Module],
+    optimizer: StatefulOptimizer | None,
+    load_optimizer: bool,
+    load_rng: bool,
+    finetune: bool,
+    verify: bool,
+    iteration: int,
+) -> CheckpointState:
+    """load_checkpoint, of one iteration."""
+    _print_rank_0(f" loading checkpoint from {root} at iteration {iteration}")
+    what = f"Finding a checkpoint in {root}"
+    folder = Path(from_rank_zero(what, lambda: str(folders.find_checkpoint(root, iteration))))
+    if verify:
+        _verify(folder)
+    # With the seed of this run, that of rank 0, for fresh streams.
+    common, seed = from_rank_zero(f"Reading {folder}", lambda: (read_common(folder), torch.initial_seed()))
     reader = agreed(f"Reading {folder}", lambda: SafeFileSystemReader(folder))
     with_optimizer = optimizer is not None and load_optimizer and not finetune
     tensors = _tensors_to_load(chunks, optimizer if with_optimizer else None, reader, folder)
@@ -193,6 +258,16 @@ def load_checkpoint(
     _print_rank_0(f" successfully loaded checkpoint from {root} at iteration {iteration}")
     extra = {} if finetune else common["extra"]
     return CheckpointState(iteration, folder, extra, common["config"], rng_restored=bool(rng))
+
+
+def _verify(folder: Path) -> None:
+    """Read every file, each rank its share, and compare it with its checksum. Collective over the world."""
+    rank, size = world()
+    checksums = from_rank_zero(f"Verifying {folder}", lambda: read_checksums(folder))
+    mine = {name: checksums[name] for name in sorted(checksums)[rank::size]}
+    agreed(f"Verifying {folder}", lambda: verify_files(folder, mine))
+    total = sum(length for length, _ in checksums.values())
+    _print_rank_0(f" verified the checksums of {len(checksums)} files, {total:,} bytes, in {folder}")
 
 
 def load_weights(folder: str | Path, model_chunks: ModelChunks) -> None:
@@ -237,9 +312,24 @@ def _optimizer_tensors(optimizer: StatefulOptimizer) -> dict[str, Tensor]:
     return state
 
 
-def _complete(root: Path, iteration: int, common: dict[str, Any]) -> str:
-    text = json.dumps(common, indent=1)
-    folders.write_durably(folders.temporary_folder(root, iteration) / COMMON, text.encode())
+def _common(iteration: int, chunk: nn.Module, extra: Mapping[str, Any], config_dict: Mapping[str, Any]) -> str:
+    """The content of `common.json`, put together before training goes on and changes it."""
+    common = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "iteration": iteration,
+        "torch_version": str(torch.__version__),
+        "layout": current_layout(chunk),
+        "extra": dict(extra),
+        "config": dict(config_dict),
+    }
+    return json.dumps(common, indent=1)
+
+
+def _complete(root: Path, iteration: int, common: str, checksums: Checksums) -> str:
+    folder = folders.temporary_folder(root, iteration)
+    folders.write_durably(folder / COMMON, common.encode())
+    folders.write_durably(folder / CHECKSUMS, as_json(checksums | checksums_of(folder, [COMMON])).encode())
     return str(folders.publish(root, iteration))
 
 
@@ -258,13 +348,21 @@ def _what_remains(root: Path) -> str:
     return f"Earlier checkpoints in {root} are untouched: {', '.join(map(str, iterations))}."
 
 
-def _find(root: Path, ckpt_step: int | None) -> tuple[str, dict[str, Any], int] | None:
-    """The folder to load, its `common.json`, and the seed of this run (that of rank 0, for fresh streams)."""
-    iteration = folders.read_tracker(root) if ckpt_step is None else ckpt_step
-    if iteration is None:
-        return None
-    folder = folders.find_checkpoint(root, iteration)
-    return str(folder), read_common(folder), torch.initial_seed()
+def _choices(root: Path, ckpt_step: int | None, fallback: bool) -> list[int]:
+    """The iterations to try, in order; none if there is no checkpoint."""
+    if ckpt_step is not None:
+        return [ckpt_step]
+    complete = folders.complete_iterations(root)[::-1]
+    try:
+        latest = folders.read_tracker(root)
+    except DamagedCheckpointError as error:
+        if not fallback or not complete:
+            raise
+        _print_rank_0(f"WARNING: {error}\nThe newest checkpoint is loaded. (--no-fallback stops here.)")
+        return complete
+    if latest is None:
+        return []
+    return [latest, *(iteration for iteration in complete if fallback and iteration < latest)]
 
 
 def _tensors_to_load(

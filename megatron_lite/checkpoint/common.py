@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpointError
 
 COMMON = "common.json"
 FORMAT = "megatron_lite"
@@ -24,14 +24,14 @@ def read_common(folder: str | Path) -> dict[str, Any]:
         types = {"iteration": int, "layout": dict, "extra": dict, "config": dict}
         damaged = [name for name, kind in types.items() if type(common[name]) is not kind]
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is not a checkpoint of {FORMAT}.") from error
+        raise DamagedCheckpointError(f"{path} is missing: {folder} is not a checkpoint of {FORMAT}.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not known:
         raise CheckpointError(
             f"{path} says format {common['format']!r}, version {common['format_version']!r}; this program reads "
             f"{FORMAT!r}, version {FORMAT_VERSION}: use the version of {FORMAT} that wrote it, or a newer one."
         )
     if damaged:
-        raise CheckpointError(f"{path} is damaged: {', '.join(damaged)} is not of the right kind.")
+        raise DamagedCheckpointError(f"{path} is damaged: {', '.join(damaged)} is not of the right kind.")
     return common

@@ -14,10 +14,17 @@ class CheckpointConfig(Validated):
         None, "Iterations between checkpoints.", flag=("--save-interval", "--persistent-save-interval")
     )
     save_retain_interval: int | None = knob(
-        None, "Keep checkpoints whose iteration is a multiple of this, and delete older others."
+        None,
+        "Keep checkpoints whose iteration is a multiple of this, and delete older others.",
+        flag=("--save-retain-interval", "--keep-every"),
     )
     keep_last: int | None = knob(
-        None, "Keep this many newest checkpoints and delete older ones.", flag="--keep-last-checkpoints"
+        None,
+        "Keep this many newest checkpoints and delete older ones.",
+        flag=("--keep-last-checkpoints", "--keep-last"),
+    )
+    async_save: bool = knob(
+        False, "Write checkpoints while training goes on, which waits only for a copy of the state in host memory."
     )
     save_optim: bool = knob(True, "Save the optimizer's state.")
     save_rng: bool = knob(True, "Save the random number generators' states.")
@@ -29,6 +36,8 @@ class CheckpointConfig(Validated):
     pretrained_checkpoint: str | None = knob(
         None, "Folder whose weights start the run when --load holds no checkpoint yet.", metavar="FOLDER"
     )
+    verify_checkpoint: bool = knob(False, "Compare every file of a checkpoint with its checksum before loading it.")
+    fallback: bool = knob(True, "Where the latest checkpoint is damaged, load the one before it.")
     exit_on_missing_checkpoint: bool = knob(False, "Stop if --load holds no checkpoint, instead of starting anew.")
 
     def violations(self) -> list[str]:

@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.errors import DamagedCheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _COMPLETE = re.compile(r"iter_(\d{7,})")
@@ -41,7 +41,7 @@ def read_tracker(root: str | os.PathLike[str]) -> int | None:
     """The iteration that the tracker names, None without a tracker.
 
     Raises:
-        CheckpointError: the tracker holds something that is not an iteration.
+        DamagedCheckpointError: the tracker holds something that is not an iteration.
     """
     path = Path(root) / TRACKER
     try:
@@ -50,7 +50,7 @@ def read_tracker(root: str | os.PathLike[str]) -> int | None:
         return None
     text = content.decode("ascii", errors="replace").strip()
     if not re.fullmatch(r"[0-9]+", text):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} should hold the number of an iteration, but holds {content[:40]!r}. "
             f"{_what_is_there(root)} Write one of these numbers into the file, or choose with --ckpt-step."
         )
@@ -70,12 +70,12 @@ def find_checkpoint(root: str | os.PathLike[str], iteration: int) -> Path:
     """The folder of an existing checkpoint; also one that a killed save had moved aside.
 
     Raises:
-        CheckpointError: there is none; the message lists those that are there.
+        DamagedCheckpointError: there is none; the message lists those that are there.
     """
     for folder in (checkpoint_folder(root, iteration), replaced_folder(root, iteration)):
         if folder.is_dir():
             return folder
-    raise CheckpointError(
+    raise DamagedCheckpointError(
         f"There is no checkpoint of iteration {iteration} in {root}: {checkpoint_folder(root, iteration).name} is "
         f"missing. {_what_is_there(root)} Choose one with --ckpt-step."
     )

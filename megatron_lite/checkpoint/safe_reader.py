@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpointError
 
 METADATA = ".metadata"
 _RECORDS = {
@@ -105,10 +105,14 @@ class SafeFileSystemReader(FileSystemReader):
         for name, end in ends.items():
             path = self.folder / name
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing: the checkpoint is not complete, or not visible from here.")
+                raise DamagedCheckpointError(
+                    f"{path} is missing: the checkpoint is not complete, or not visible from here."
+                )
             size = path.stat().st_size
             if size < end:
-                raise CheckpointError(f"{path} ends at byte {size}, but its tensors reach to byte {end}: truncated.")
+                raise DamagedCheckpointError(
+                    f"{path} ends at byte {size}, but its tensors reach to byte {end}: truncated."
+                )
         return plan
 
 
@@ -122,13 +126,15 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is not a checkpoint, or not a complete one.") from error
+        raise DamagedCheckpointError(
+            f"{path} is missing: {folder} is not a checkpoint, or not a complete one."
+        ) from error
     try:
         return _metadata(_DataUnpickler(io.BytesIO(content)).load())
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _metadata(record: Any) -> Metadata:

@@ -7,39 +7,49 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from megatron_lite.checkpoint.agreement import describe_failures, world
-from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.safe_reader import SafeFileSystemReader
+from megatron_lite.checkpoint.agreement import Failure, agreed, failure, gathered, world
+from megatron_lite.checkpoint.checksums import Checksums, checksums_of
+from megatron_lite.checkpoint.safe_reader import METADATA, SafeFileSystemReader
 
 
-def write_tensors(what: str, folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(what: str, folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None) -> Checksums:
     """Write each rank's part of the tensors, replicas once, and make the files durable. Collective over the world.
 
     Args:
         what: the step in words, for the message.
         folder: an empty folder that every rank sees.
         tensors: by global name; ranks may hold different names.
+        group: of all ranks, for a thread that must not meet the collectives of training; default the world.
+
+    Returns:
+        The checksums of all files that were written, on every rank.
 
     Raises:
         CheckpointError: on every rank, with the ranks that failed and why.
     """
     # Flat names need no mapping back to nested dictionaries, which DCP would add to the metadata.
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    rank, size = world()
     with _plain_dcp(what):
-        dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, no_dist=world()[1] == 1)
+        dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=size == 1)
+    own = sorted(path.name for path in folder.glob(f"__{rank}_*")) + [METADATA] * (rank == 0)
+    parts = gathered(agreed(what, lambda: checksums_of(folder, own), group), group)
+    return {name: checksum for part in parts for name, checksum in part.items()}
 
 
 def read_tensors(reader: SafeFileSystemReader, tensors: dict[str, Tensor]) -> None:
     """Fill tensors in place, each rank its own part. Collective over the world.
 
     Raises:
-        CheckpointError: on every rank, with the ranks that failed and why.
+        CheckpointError: on every rank, with the ranks that failed and why; a DamagedCheckpointError if the bytes that
+            are there do not make tensors.
     """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-    with _plain_dcp(f"Reading {reader.folder}"):
+    with _plain_dcp(f"Reading {reader.folder}", reading=True):
         dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=world()[1] == 1)
 
 
@@ -51,15 +61,23 @@ class _Writer(dcp.FileSystemWriter):
 
 
 @contextmanager
-def _plain_dcp(what: str) -> Iterator[None]:
+def _plain_dcp(what: str, reading: bool = False) -> Iterator[None]:
     """DCP without its remarks on a single process, and with failures of any rank told as a CheckpointError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
-        failures = {
-            rank: str(cause) if isinstance(cause, CheckpointError) else f"{type(cause).__name__}: {cause}"
-            for rank, (cause, _) in error.failures.items()
-        }
-        raise CheckpointError(describe_failures(what, failures)) from error
+        failures = {rank: Failure.of(cause) for rank, (cause, _) in error.failures.items()}
+        if reading:
+            failures = {
+                rank: one._replace(is_damage=one.is_damage or _means_damage(error.failures[rank][0]))
+                for rank, one in failures.items()
+            }
+        raise failure(what, failures) from error
+
+
+def _means_damage(error: BaseException) -> bool:
+    """Whether what went wrong while tensors were read comes from the bytes, rather than from this machine."""
+    own_words = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+    return not own_words and not isinstance(error, PermissionError | MemoryError)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lite.arguments import RunConfig
-from megatron_lite.checkpoint import load_checkpoint, read_common, read_tracker, save_checkpoint
+from megatron_lite.checkpoint import BackgroundSaver, load_checkpoint, read_common, read_tracker, save_checkpoint
 from megatron_lite.distributed import reshard_parameters
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
@@ -26,8 +26,12 @@ def save(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     progress: Progress,
+    background: BackgroundSaver | None = None,
 ) -> None:
-    """Write a checkpoint of everything that the rest of the run depends on. A collective over all ranks."""
+    """Write a checkpoint of everything that the rest of the run depends on. A collective over all ranks.
+
+    With `background` it is written while training goes on.
+    """
     checkpoint = config.checkpoint
     assert checkpoint.save is not None, "nobody asked for checkpoints"
     for chunk in model_chunks:
@@ -42,6 +46,7 @@ def save(
         keep_last=checkpoint.keep_last,
         retain_interval=checkpoint.save_retain_interval,
         save_rng=checkpoint.save_rng,
+        background=background,
     )
 
 
@@ -106,6 +111,8 @@ def load(
         finetune=finetune,
         ckpt_step=checkpoint.ckpt_step,
         exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint,
+        verify=checkpoint.verify_checkpoint,
+        fallback=checkpoint.fallback,
     )
     if state is not None:
         for line in changed_settings(config, state.config, finetune):
@@ -145,7 +152,12 @@ OF_THE_MODEL = {
         "geglu",
         "quick_geglu",
         "squared_relu",
+        "activation_func_clamp_value",
+        "glu_linear_offset",
+        "softmax_type",
         "window_size",
+        "window_attn_skip_freq",
+        "no_rope_freq",
         "apply_residual_connection_post_layernorm",
     ),
     "gpt": (
@@ -155,6 +167,15 @@ OF_THE_MODEL = {
         "rotary_interleaved",
         "rotary_seq_len_interpolation_factor",
         "use_rope_scaling",
+        "rope_scaling_factor",
+        "rope_type",
+        "rotary_scaling_factor",
+        "yarn_original_max_position_embeddings",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_correction_range_round_to_int",
+        "mscale",
+        "mscale_all_dim",
     ),
 }
 # The position of a run counts samples in an order that these decide.

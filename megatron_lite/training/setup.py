@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
+from megatron_lite.checkpoint import BackgroundSaver
 from megatron_lite.datasets.builders import build_train_valid_test_datasets
 from megatron_lite.datasets.data_loader import build_pretraining_data_loader
 from megatron_lite.distributed import DistributedDataParallelConfig, wrap_data_parallel
@@ -274,5 +275,6 @@ def assemble(
         ),
         writers=Writers(config.logger, is_last_rank, progress.iteration + 1, config.to_dict()),
         metrics=MetricsBuffer(device),
+        background=BackgroundSaver() if config.checkpoint.async_save and config.checkpoint.save else None,
         hooks=build_hooks(config.training, config.profiling, trace_folder),
     )

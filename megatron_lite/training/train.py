@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
+from megatron_lite.checkpoint import BackgroundSaver, CheckpointError
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from megatron_lite.pipeline_parallel import ForwardBackward
@@ -17,7 +18,7 @@ from megatron_lite.training.batches import MicroBatchStream
 from megatron_lite.training.checkpointing import save
 from megatron_lite.training.evaluate import evaluate
 from megatron_lite.training.hooks import Hook
-from megatron_lite.training.initialize import print_rank_last
+from megatron_lite.training.initialize import print_rank_0, print_rank_last
 from megatron_lite.training.metrics import IterationRecord, MetricsBuffer
 from megatron_lite.training.progress import Progress
 from megatron_lite.training.step import StepOutput, train_step
@@ -46,6 +47,7 @@ class Run:
     throughput: Throughput
     writers: Writers
     metrics: MetricsBuffer
+    background: BackgroundSaver | None = None
     hooks: list[Hook] = field(default_factory=list)
     unprinted: list[IterationRecord] = field(default_factory=list)
     largest_loss: float = 0.0
@@ -67,6 +69,7 @@ def train(run: Run) -> bool:
     with StopVote(config.training) as vote:
         while progress.iteration < run.total_iterations:
             one_iteration(run)
+            settle_save(run)
             if log_is_due(run):
                 log(run)
             if every(config.validation.eval_interval, progress.iteration) and evaluation_has_begun(run):
@@ -78,10 +81,12 @@ def train(run: Run) -> bool:
                 save_now(run)
                 saved_at = progress.iteration
             if reason:
+                finish_save(run)
                 print_rank_last(reason)
                 return True
     if config.checkpoint.save and saved_at != progress.iteration:
         save_now(run)
+    finish_save(run)
     return False
 
 
@@ -263,15 +268,38 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation", final: boo
 
 
 def save_now(run: Run) -> None:
-    """Check the numbers so far, then write a checkpoint."""
+    """Check the numbers so far, then write a checkpoint, or with --async-save begin to."""
     assert run.scheduler is not None, "only a run that trains is saved"
     read_metrics(run)
-    save(run.config, run.model_chunks, run.optimizer, run.scheduler, run.progress)
+    settle_save(run, wait=True)
+    save(run.config, run.model_chunks, run.optimizer, run.scheduler, run.progress, run.background)
     run.metrics.restart_clock()
 
 
+def settle_save(run: Run, wait: bool = False) -> None:
+    """Hear how a save in the background ended, if it has; with `wait`, when it has. If it failed, training goes on."""
+    if run.background is None or not run.background.is_busy:
+        return
+    try:
+        run.background.finish() if wait else run.background.poll()
+    except CheckpointError as error:
+        print_rank_0(f"WARNING: {error}\nTraining goes on, and the next checkpoint is written when it is due.")
+
+
+def finish_save(run: Run) -> None:
+    """Wait for a save in the background before the run ends.
+
+    Raises:
+        CheckpointError: it failed, and no other will follow.
+    """
+    if run.background is not None:
+        run.background.finish()
+
+
 def finish(run: Run) -> None:
-    """Close files and hooks, after success and failure alike."""
+    """Close files, hooks and threads, after success and failure alike."""
     for hook in run.hooks:
         hook.close()
     run.writers.close()
+    if run.background is not None:
+        run.background.close()

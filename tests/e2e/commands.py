@@ -84,16 +84,22 @@ def pretrain(processes: int, *arguments: str, expect: int | None = 0) -> str:
     return printed
 
 
-def pretrain_until(condition: Callable[[], bool], processes: int, *arguments: str) -> bool:
-    """Start pretrain_gpt.py and kill all of it, with SIGKILL, once `condition` holds. Returns whether it had to die."""
-    with subprocess.Popen(
-        pretrain_command(processes, list(arguments)),
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+def pretrain_until(condition: Callable[[], bool], processes: int, *arguments: str, output: Path | None = None) -> bool:
+    """Start pretrain_gpt.py and kill all of it, with SIGKILL, once `condition` holds. Returns whether it had to die.
+
+    What it prints goes to `output`, which is emptied first.
+    """
+    with (
+        open(output or os.devnull, "w") as printed,
+        subprocess.Popen(
+            pretrain_command(processes, list(arguments)),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         while process.poll() is None:
             if condition():
                 os.killpg(process.pid, signal.SIGKILL)

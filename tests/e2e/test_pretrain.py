@@ -43,34 +43,65 @@ def test_four_ranks_equal_one_process(tmp_path):
     assert one[-1][1] < one[0][1]
 
 
-def test_killed_runs_resume_bit_for_bit(tmp_path):
-    """Ten SIGKILLs at random moments, saves included; with dropout, so that every random stream has to continue.
+@pytest.mark.parametrize("how", ["", "--async-save"], ids=["save", "async save"])
+def test_killed_runs_resume_bit_for_bit(tmp_path, request, how):
+    """SIGKILLs at random moments, saves included; with dropout, so that every random stream has to continue.
 
-    Mutation: a load that does not restore the random number streams changes the losses after it.
+    Five each by default; --kills N for more. No checkpoint is lost that was announced as saved. Mutations: a load that
+    does not restore the random number streams changes the losses after it; a save announced before it is durable.
     """
-    arguments = [*TINY, "--train-iters", "150", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+    kills = request.config.getoption("--kills")
+    arguments = [*TINY, "--train-iters", str(60 + 10 * kills), "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
     arguments += ["--lr-warmup-iters", "5", "--lr-decay-style", "cosine", "--eval-interval", "10"]
     pretrain(1, *arguments, "--metrics-jsonl", str(tmp_path / "whole.jsonl"))
 
-    saving = ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt"), "--save-interval", "2"]
+    root, output = tmp_path / "ckpt", tmp_path / "output.txt"
+    saving = ["--save", str(root), "--load", str(root), "--save-interval", "2", *how.split()]
     saving += ["--metrics-jsonl", str(tmp_path / "killed.jsonl"), "--keep-last-checkpoints", "3"]
-    chance = random.Random(2024)
-    for kill in range(10):
-        deadly = _iteration(tmp_path / "ckpt") + chance.randrange(12)
+    chance = random.Random(2024 + len(how))
+    for kill in range(kills):
+        deadly = _iteration(root) + chance.randrange(12)
         delay = chance.uniform(0.0, 0.1)
 
         def dies(deadly=deadly, delay=delay) -> bool:
-            if _iteration(tmp_path / "ckpt") < deadly:
+            if _iteration(root) < deadly:
                 return False
             time.sleep(delay)
             return True
 
-        assert pretrain_until(dies, 1, *arguments, *saving), f"the run was over before kill {kill}"
-    assert _iteration(tmp_path / "ckpt") < 150
+        assert pretrain_until(dies, 1, *arguments, *saving, output=output), f"the run was over before kill {kill}"
+        announced = re.findall(r"successfully saved checkpoint from iteration +(\d+)", output.read_text())
+        assert _iteration(root) >= max(map(int, announced), default=0)
+    assert _iteration(root) < 60 + 10 * kills
     pretrain(1, *arguments, *saving)
     whole, killed = (training_metrics(tmp_path / name, *NUMBERS) for name in ("whole.jsonl", "killed.jsonl"))
     assert killed == whole
     assert _validation(tmp_path / "killed.jsonl") == _validation(tmp_path / "whole.jsonl")
+
+
+def test_saving_in_the_background_changes_nothing(tmp_path):
+    """Two tensor parallel ranks: metrics equal bit for bit, and so is what follows from its checkpoint, verified.
+
+    Mutations: the optimizer's state not copied before training goes on; the thread on the process group of training.
+    """
+    arguments = [*TINY, "--tensor-model-parallel-size", "2", "--train-iters", "9", "--hidden-dropout", "0.1"]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("sync", "async", "resumed")}
+    saving = ["--save-interval", "2", "--keep-last", "2", "--keep-every", "4"]
+    pretrain(2, *arguments, *saving, "--save", str(tmp_path / "a"), "--metrics-jsonl", str(files["sync"]))
+    saving += ["--async-save", "--save", str(tmp_path / "b")]
+    output = pretrain(2, *arguments, *saving, "--metrics-jsonl", str(files["async"]))
+    assert "saving checkpoint at iteration       8" in output
+    assert output.index("successfully saved checkpoint from iteration       8") < output.index("validation loss")
+    for name in ("a", "b"):
+        assert sorted(path.name for path in (tmp_path / name).glob("iter_*")) == [
+            f"iter_{iteration:07d}" for iteration in (4, 8, 9)
+        ]
+    resuming = ["--load", str(tmp_path / "b"), "--ckpt-step", "4", "--verify-checkpoint"]
+    output = pretrain(2, *arguments, *resuming, "--metrics-jsonl", str(files["resumed"]))
+    assert " verified the checksums of 4 files" in output
+    sync, background, resumed = (training_metrics(path, *NUMBERS) for path in files.values())
+    assert background == sync
+    assert resumed == sync[4:]
 
 
 def test_resume_at_another_layout(tmp_path):

@@ -75,7 +75,8 @@ def test_round_trip_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_the_folder_holds_no_pickled_objects_and_no_path_of_this_machine(tmp_path: Path) -> None:
     save(tmp_path, 3, 0.0)
     folder = tmp_path / "iter_0000003"
-    assert sorted(path.name for path in folder.iterdir()) == [".metadata", "__0_0.distcp", "common.json"]
+    files = [".metadata", "__0_0.distcp", "checksums.json", "common.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert str(tmp_path).encode() not in (folder / ".metadata").read_bytes()
     common = json.loads((folder / "common.json").read_text())
     assert common["format"] == "megatron_lite"
