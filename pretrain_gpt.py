@@ -32,15 +32,17 @@ def pretrain(config: RunConfig) -> None:
     from megatron_lite.training.checkpointing import load
     from megatron_lite.training.initialize import announce, distributed_environment
     from megatron_lite.training.train import evaluate_at_end, finish, train
+    from megatron_lite.training.watchdog import watch
 
     with distributed_environment(config) as device:
+        watchdog = watch(config)
         announce(config, device)
         tokenizer = build_tokenizer(config.tokenizer)
         model_chunks = setup.model_of(config, tokenizer, device)
         optimizer = get_megatron_optimizer(config.optimizer, model_chunks)
         scheduler = setup.scheduler_of(config, optimizer)
         progress = load(config, model_chunks, optimizer, scheduler)
-        run = setup.assemble(config, device, tokenizer, model_chunks, optimizer, scheduler, progress)
+        run = setup.assemble(config, device, tokenizer, model_chunks, optimizer, scheduler, progress, watchdog)
         try:
             stopped_early = not config.validation.skip_train and train(run)
             if not stopped_early:

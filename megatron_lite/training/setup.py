@@ -26,7 +26,7 @@ from megatron_lite.tensor_parallel.parameters import initialize_parameters
 from megatron_lite.tokenizers import MegatronTokenizer
 from megatron_lite.training.batches import TEXT, MicroBatchStream, PositionsOnly, names_read
 from megatron_lite.training.checkpointing import make_save_folder
-from megatron_lite.training.hooks import build_hooks
+from megatron_lite.training.hooks import Hook, build_hooks
 from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.metrics import MetricsBuffer
 from megatron_lite.training.progress import Progress
@@ -243,6 +243,7 @@ def assemble(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler | None,
     progress: Progress,
+    watchdog: Hook | None = None,
 ) -> Run:
     """Everything the loop needs, once weights and progress are known."""
     calculator = batch_calculator_of(config)
@@ -276,5 +277,5 @@ def assemble(
         writers=Writers(config.logger, is_last_rank, progress.iteration + 1, config.to_dict()),
         metrics=MetricsBuffer(device),
         background=BackgroundSaver() if config.checkpoint.async_save and config.checkpoint.save else None,
-        hooks=build_hooks(config.training, config.profiling, trace_folder),
+        hooks=[*build_hooks(config.training, config.profiling, trace_folder), *filter(None, [watchdog])],
     )
