@@ -145,7 +145,12 @@ OF_THE_MODEL = {
         "geglu",
         "quick_geglu",
         "squared_relu",
+        "activation_func_clamp_value",
+        "glu_linear_offset",
+        "softmax_type",
         "window_size",
+        "window_attn_skip_freq",
+        "no_rope_freq",
         "apply_residual_connection_post_layernorm",
     ),
     "gpt": (
@@ -155,6 +160,15 @@ OF_THE_MODEL = {
         "rotary_interleaved",
         "rotary_seq_len_interpolation_factor",
         "use_rope_scaling",
+        "rope_scaling_factor",
+        "rope_type",
+        "rotary_scaling_factor",
+        "yarn_original_max_position_embeddings",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_correction_range_round_to_int",
+        "mscale",
+        "mscale_all_dim",
     ),
 }
 # The position of a run counts samples in an order that these decide.
