@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_lite.arguments import RunConfig
+from megatron_lite.transformer.attention_choices import cp_comm_type_of
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 
 
@@ -209,7 +210,12 @@ def _of_attention(run: RunConfig) -> tuple[float, float]:
     output = heads * (width + (c.value_channels if c.value_channels < width else 0)) / tp
     latents = (1 + c.qk_layernorm) * ((c.q_lora_rank or 0) + c.kv_lora_rank) + c.qk_pos_emb_head_dim
     output += latents / (tp if c.sequence_parallel else 1)
-    if c.recompute_granularity == "selective" and "mla_up_proj" in (c.recompute_modules or []):
+    # All-to-all keeps the heads it has exchanged, however the projections are made.
+    types = (
+        {cp_comm_type_of(c, number) for number in range(1, c.num_layers + 1)} if c.context_parallel_size > 1 else set()
+    )
+    freed = c.recompute_granularity == "selective" and not types & {"a2a", "a2a+p2p"}
+    if freed and "mla_up_proj" in (c.recompute_modules or []):
         return output, projected
     return projected + output, 0.0
 

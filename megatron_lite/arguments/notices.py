@@ -4,6 +4,19 @@ from collections.abc import Iterator
 
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
+from megatron_lite.transformer.attention_choices import cp_comm_type_of
+
+
+def recomputation_notices(run: RunConfig) -> Iterator[str]:
+    """Where recomputation takes time and frees nothing."""
+    sizes = run.transformer
+    names = sizes.recompute_modules or [] if sizes.recompute_granularity == "selective" else []
+    layers = [n for n in range(1, sizes.num_layers + 1) if cp_comm_type_of(sizes, n) in ("a2a", "a2a+p2p")]
+    if "mla_up_proj" in names and sizes.context_parallel_size > 1 and layers:
+        yield (
+            "--recompute-modules mla_up_proj: attention by all-to-all keeps the heads it has exchanged, so in "
+            f"{len(layers)} layers little is freed; --cp-comm-type p2p or all_gather keep what is recomputed."
+        )
 
 
 def pipeline_notices(run: RunConfig) -> Iterator[str]:
@@ -16,6 +29,11 @@ def pipeline_notices(run: RunConfig) -> Iterator[str]:
         yield (
             f"--data-parallel-sharding-strategy {strategy}: under pipelining {kept} stay whole on each rank during a "
             "step, and gradients are reduced once at its end; between steps all is split as asked for."
+        )
+    if sizes.schedule in SPLIT_BACKWARD and sizes.mtp_num_layers:
+        yield (
+            f"--pipeline-schedule {sizes.schedule}: the last stage, with multi-token prediction, computes gradients of "
+            "weights together with those of activations."
         )
     whole = "--compile" if run.training.compile else "--recompute-granularity"
     if sizes.schedule in SPLIT_BACKWARD and (run.training.compile or sizes.recompute_granularity is not None):

@@ -269,6 +269,13 @@ def _positions(run: RunConfig) -> Iterator[str]:
             f"position_embedding_type is {kind} with multi_latent_attention, a part of whose queries and keys is there "
             "to be rotated: write --position-embedding-type rope or yarn."
         )
+    others = [name for name in ("use_rope_scaling", "rotary_seq_len_interpolation_factor") if getattr(run.gpt, name)]
+    stretched = sizes.multi_latent_attention and run.gpt.rotary_scaling_factor > 1.0 and run.gpt.rope_type != "rope"
+    if stretched and kind == "rope" and others:
+        yield (
+            f"rotary_scaling_factor is {run.gpt.rotary_scaling_factor}, which means YaRN in latent attention, together "
+            f"with {others[0]}, another way to stretch positions: add --rope-type rope, or leave out one."
+        )
     if sizes.mtp_num_layers and kind == "learned_absolute":
         yield (
             "position_embedding_type is learned_absolute with mtp_num_layers, but multi-token prediction embeds tokens "

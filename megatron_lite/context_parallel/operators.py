@@ -67,7 +67,10 @@ def _operator(name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backwar
         ctx.mark_non_differentiable(output[1])
 
     def differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
-        return *backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+        query, key, value, sinks, *others = ctx.saved_tensors
+        wanted = sinks if ctx.needs_input_grad[3] else sinks.new_empty(0)
+        *grads, grad_sinks = backward(grad, query, key, value, wanted, *others, *ctx.how)
+        return *grads, grad_sinks if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
     forward.register_autograd(differentiate, setup_context=save)
     return forward

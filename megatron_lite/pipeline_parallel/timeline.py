@@ -143,10 +143,12 @@ def stage_times(layout: PipelineLayout, durations: Durations) -> StageTimes:
         ConfigError: the layout has no layers to measure stages by.
     """
     work = [
-        len(stage.layers) + durations.embedding * stage.embedding + (1 + stage.mtp_layers) * durations.loss * stage.loss
+        len(stage.layers)
+        + stage.mtp_layers
+        + durations.embedding * stage.embedding
+        + durations.loss * stage.loss * (1 + stage.mtp_layers)
         for stage in layout.stages
     ]
-    work = [layers + stage.mtp_layers for layers, stage in zip(work, layout.stages, strict=True)]
     if not sum(work):
         raise ConfigError("the pipeline stages hold no layers, so it is not known how long they take: add some.")
     of_kind = {

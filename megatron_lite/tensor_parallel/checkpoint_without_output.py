@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 class _Run(Function):
@@ -17,6 +18,7 @@ class _Run(Function):
         return owner.function(*args)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.owner.backward(grads)
 
@@ -29,7 +31,8 @@ class CheckpointWithoutOutput:
     gradient of what was made of them arrives.
 
     Use it once, in training: `outputs = recomputed.checkpoint(function, *inputs)`, then `result = read(*outputs)`, then
-    `recomputed.discard_output_and_register_recompute(result)`.
+    `recomputed.discard_output_and_register_recompute(result)`. There is one backward pass, by `backward()`: parameters
+    accumulate their gradients on the way, so `torch.autograd.grad` does not return them.
     """
 
     def __init__(self) -> None:
@@ -43,9 +46,13 @@ class CheckpointWithoutOutput:
         """function(*args), whose graph is made in backward.
 
         Args:
-            function: draws no random numbers; its outputs do not share memory with each other or with the arguments.
-            args: what gradients shall flow to, besides the parameters the function reads.
+            function: draws no random numbers; its outputs do not share memory with each other or with the arguments,
+                and its own backward pass does not read them.
+            args: what gradients shall flow to, besides the parameters the function reads. If none needs one, as behind
+                frozen layers, nothing is freed.
         """
+        if not any(arg.requires_grad for arg in args):
+            return function(*args)
         self.function, self._args = function, args
         outputs: tuple[Tensor, ...] = _Run.apply(self, *args)
         self._storages = [output.untyped_storage() for output in outputs]
@@ -54,18 +61,25 @@ class CheckpointWithoutOutput:
 
     def discard_output_and_register_recompute(self, result: Tensor) -> None:
         """Free the outputs, from which `result` was made and nothing else, until the gradient of `result` arrives."""
+        if not self._storages:
+            return
         for storage in self._storages:
             storage.resize_(0)
         result.register_hook(self._recompute)
 
     def _recompute(self, grad: Tensor) -> None:
+        if not self._args:
+            raise RuntimeError("what CheckpointWithoutOutput frees has one backward pass, and this is another one")
         self._leaves = tuple(arg.detach().requires_grad_(arg.requires_grad) for arg in self._args)
         with torch.enable_grad():
             self._made = self.function(*self._leaves)
         for storage, output in zip(self._storages, self._made, strict=True):
             # Not a change that autograd should notice: the values are those that were saved.
-            storage.resize_(output.untyped_storage().nbytes())
-            storage.copy_(output.detach().untyped_storage())
+            made = output.detach().untyped_storage()
+            storage.resize_(made.nbytes())
+            storage.copy_(made)
+            made.resize_(0)  # only its graph is needed
+        self._storages = []  # from here on they live as long as who reads them does
 
     def backward(self, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Gradients of the arguments, given those of the outputs; parameters accumulate theirs."""
@@ -73,5 +87,4 @@ class CheckpointWithoutOutput:
         torch.autograd.backward(self._made, grads)
         found = [leaf.grad for leaf in self._leaves]
         self._args = self._leaves = self._made = ()
-        self._storages = []
         return found

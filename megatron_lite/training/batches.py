@@ -28,8 +28,7 @@ def names_read(model_chunks: Sequence[nn.Module]) -> set[str]:
     """Which of TEXT the pipeline stages of this rank read."""
     names: set[str] = set()
     for chunk in model_chunks:
-        predicts_further = getattr(chunk, "mtp", None) is not None
-        names |= {"tokens"} if chunk.pre_process or predicts_further else set()
+        names |= {"tokens"} if chunk.pre_process else set()
         names |= {"labels", "loss_mask"} if chunk.post_process else set()
     return names
 
@@ -69,7 +68,7 @@ class MicroBatchStream:
             cp_group: ranks over which each sequence is split; default the global context parallel group.
             padding: masked tokens to append to each sequence before the split.
             names: which of TEXT to hand out; the others are dropped (`names_read`).
-            depths: of multi-token prediction, whose FUTURE is handed out with the labels.
+            depths: of multi-token prediction, whose FUTURE is handed out with the labels, made of tokens too.
         """
         self._iterator: Iterator[Mapping[str, Any]] = iter(loader)
         self._device, self._cp_group, self._padding = device, cp_group, padding
@@ -96,9 +95,11 @@ class MicroBatchStream:
             except ConfigError as error:
                 # A worker process wraps its message in its traceback.
                 raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from error
-            needed = {name: value for name, value in batch.items() if name not in self._dropped}
+            read = self._dropped - {"tokens"} if self._depths else self._dropped
+            needed = {name: value for name, value in batch.items() if name not in read}
             mine = prepare(needed, self._cp_group, self._padding, self._depths)
-            batches.append({name: _send(value, self._device) for name, value in mine.items()})
+            sent = {name: value for name, value in mine.items() if name not in self._dropped}
+            batches.append({name: _send(value, self._device) for name, value in sent.items()})
         return batches
 
 

@@ -152,6 +152,7 @@ OF_THE_MODEL = {
         "geglu",
         "quick_geglu",
         "squared_relu",
+        "attention_output_gate",
         "activation_func_clamp_value",
         "glu_linear_offset",
         "softmax_type",

@@ -204,7 +204,7 @@ def data_streams(
     names, depths = names_read(model_chunks), config.transformer.mtp_num_layers or 0
     by_position = names.isdisjoint(TEXT) and not config.data.positions_depend_on_text
     streams: list[MicroBatchStream | None] = []
-    for samples, start in zip(datasets, consumed, strict=True):
+    for samples, start, further in zip(datasets, consumed, (depths, 0, 0), strict=True):
         dataset = PositionsOnly(samples, config.sequence_length) if samples and by_position else samples
         loader = build_pretraining_data_loader(
             dataset,
@@ -216,7 +216,7 @@ def data_streams(
             num_workers=config.data.num_workers,
             exit_signal=exit_signal,
         )
-        stream = None if loader is None else MicroBatchStream(loader, device, cp_group, padding, names, depths)
+        stream = None if loader is None else MicroBatchStream(loader, device, cp_group, padding, names, further)
         streams.append(stream)
     return streams
 

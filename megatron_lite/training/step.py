@@ -193,12 +193,11 @@ def forward_backward(
     if holds_loss(chunks):
         total_tokens = count_tokens(micro_batches, dp_cp_group)
         weights = loss_weights(micro_batches, total_tokens, data_parallel_size, per_token_loss, cp_group)
-        weights = [weight * factors for weight in weights]
 
     def weighted_loss(number: int, losses: Tensor) -> Tensor:
         summed = losses.reshape(len(factors), -1).sum(1)
         sums.add_(summed.detach())
-        return optimizer.scale_loss((summed * weights[number].to(summed.dtype)).sum())
+        return optimizer.scale_loss((summed * (weights[number] * factors).to(summed.dtype)).sum())
 
     forward_backward_func(forward_step, chunks, micro_batches, weighted_loss)
     return sums, total_tokens

@@ -15,7 +15,8 @@ from megatron_lite.context_parallel.attention import ContextParallelism
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops.attention_block import choose_backend
 from megatron_lite.process_groups import ProcessGroupCollection
-from megatron_lite.tensor_parallel.parameters import create_parameter, local
+from megatron_lite.tensor_parallel.layers import local_in_dtype
+from megatron_lite.tensor_parallel.parameters import create_parameter
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
@@ -138,13 +139,12 @@ class DotProductAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> Tensor:
         """Plain sequences: [sq, b, n, d] -> [sq, b, n, d]."""
-        sinks, one_length = self.sinks(query), query.size(0) == key.size(0)
-        plain = sinks is None and self.window_size is None
-        if self.context.size == 1 and (plain or mask is not None or not one_length or not self._fits_blocks(causal)):
+        sinks = self.sinks(query)
+        by_blocks = mask is None and self._gains_by_blocks(query, key, value, sinks, causal)
+        if self.context.size == 1 and not by_blocks:
             return self._attend(query, key, value, sinks, mask, causal, scale)
         whole = functools.partial(self._attend, mask=None, causal=causal, scale=scale)
-        whole_if = whole if plain or not self._fits_blocks(causal) else None
-        return self._attend_context(query, key, value, sinks, None, causal, scale, whole_if)
+        return self._attend_context(query, key, value, sinks, None, causal, scale, None if by_blocks else whole)
 
     def _attend_row(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, causal: bool, scale: float
@@ -167,9 +167,23 @@ class DotProductAttention(MegatronModule):
     ) -> Tensor:
         backend = choose_backend(query, self.config.attention_backend)
         window = -1 if self.window_size is None else self.window_size[0]
+        if window >= query.size(0) * query.size(1) * self.context.size - 1:
+            window = -1  # hides nothing
         return self.context.attend(
             query, key, value, packed, causal, scale, backend, attend_whole, sinks=sinks, window=window
         )
+
+    def _gains_by_blocks(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, causal: bool) -> bool:
+        """Whether whole sequences are better attended to in one block: with sinks, or a window on CUDA's flash kernel.
+
+        Otherwise torch's SDPA is as good or better. It also checks shapes, and broadcasts some that blocks cannot do.
+        """
+        fits = query.shape[:2] == key.shape[:2] and query.size(-1) == key.size(-1) and key.shape == value.shape
+        if not fits or query.size(2) % key.size(2) or not self._fits_blocks(causal):
+            return False
+        hides = self.window_size is not None and 0 <= self.window_size[0] < key.size(0) * self.context.size - 1
+        kernel = choose_backend(query, self.config.attention_backend)
+        return sinks is not None or (hides and kernel in ("flash", "cudnn"))
 
     def _fits_blocks(self, causal: bool) -> bool:
         """Whether attention in blocks can do it: no dropout, and windows under a causal mask only."""
@@ -182,7 +196,7 @@ class DotProductAttention(MegatronModule):
             return None
         if self.softmax_offset is None:
             return torch.zeros(query.size(-2), device=query.device)
-        return local(self.softmax_offset)
+        return local_in_dtype(self.softmax_offset, query.dtype)
 
     def _create_sinks(self, group: torch.distributed.ProcessGroup | None) -> None:
         if self.config.softmax_type != "learnable":

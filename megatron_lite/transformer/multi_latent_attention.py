@@ -106,7 +106,10 @@ class MLASelfAttention(Attention):
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
         latents = self._latents(hidden_states)
-        project = functools.partial(self._queries_keys_values, rotary=rotary)
+        length, batch = latents[-1].shape[:2]
+        # Core attention would make a row of packed documents itself, and keep that copy for its backward pass.
+        as_row = packed_seq_params is not None and packed_seq_params.is_packed and batch > 1
+        project = functools.partial(self._queries_keys_values, rotary=rotary, as_row=as_row)
         recomputed = None
         if self.recompute_up_projection and self.training and torch.is_grad_enabled():
             recomputed = CheckpointWithoutOutput()
@@ -116,6 +119,8 @@ class MLASelfAttention(Attention):
         context = self._core(query, key, value, attention_mask, inference_context, packed_seq_params)
         if recomputed is not None:
             recomputed.discard_output_and_register_recompute(context)
+        if as_row:
+            context = context.view(batch, length, -1).transpose(0, 1)
         heads = context.unflatten(-1, (self.heads_per_partition, -1))
         return heads[..., : self.config.v_head_dim].flatten(-2)
 
@@ -140,9 +145,12 @@ class MLASelfAttention(Attention):
         return query_latent, latent, key_positions
 
     def _queries_keys_values(
-        self, query_latent: Tensor, latent: Tensor, key_positions: Tensor, rotary: RotaryTables | None
+        self, query_latent: Tensor, latent: Tensor, key_positions: Tensor, rotary: RotaryTables | None, as_row: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, n, width] each for this rank's heads: of one width, as kernels want, and with memory of its own."""
+        """[s, b, n, width] each for this rank's heads: of one width, as kernels want, and with memory of its own.
+
+        With `as_row` the sequences are one behind the other, [b s, 1, n, width].
+        """
         config = self.config
         project = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
         query = project(query_latent).unflatten(-1, (self.heads_per_partition, -1))
@@ -155,5 +163,10 @@ class MLASelfAttention(Attention):
             key_positions = apply_rotary_pos_emb(key_positions, rotary, rotary_interleaved=True)
         key = torch.cat((key, key_positions.expand(*key.shape[:3], -1)), dim=-1)
         missing = key.size(-1) - value.size(-1)
-        query, key = (F.pad(x, (0, max(-missing, 0))) for x in (query, key))
-        return query, key, F.pad(value, (0, max(missing, 0))) if missing > 0 else value.contiguous()
+        if missing < 0:
+            query, key = F.pad(query, (0, -missing)), F.pad(key, (0, -missing))
+        value = F.pad(value, (0, missing)) if missing > 0 else value.contiguous()
+        if not as_row:
+            return query, key, value
+        query, key, value = (x.transpose(0, 1).flatten(0, 1).unsqueeze(1) for x in (query, key, value))
+        return query, key, value

@@ -46,7 +46,8 @@ def model_of(layout: Layout) -> str:
     words += ["documents"] * layout.documents + ["empty shards"] * layout.hole
     if layout.stages is not None:
         words.append(f"stages {layout.stages.replace('|', '/')}")
-    words += [layout.variant.replace("_", " ")] * (layout.variant is not None)
+    if layout.variant is not None:
+        words.append(layout.variant.replace("_", " "))
     if layout.moe is not None:
         words.append(f"experts: {layout.moe}, {layout.dispatcher}")
     return ", ".join(words)

@@ -158,6 +158,16 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
         {**LATENT, "group_query_attention": None, "num_query_groups": "2"},
         ["num_query_groups is 2", "num_attention_heads (4)", "leave out --group-query-attention"],
     ),
+    (
+        1,
+        {**LATENT, "position_embedding_type": "yarn", "rope_type": "rope"},
+        ["rope_type is rope, but position_embedding_type is yarn", "keep one"],
+    ),
+    (
+        1,
+        {**LATENT, "rotary_scaling_factor": "4", "use_rope_scaling": None},
+        ["rotary_scaling_factor is 4.0", "use_rope_scaling", "add --rope-type rope"],
+    ),
     (1, {**LATENT, "attention_output_gate": None}, ["attention_output_gate", "leave out one"]),
     (1, {**LATENT, "add_qkv_bias": None}, ["add_qkv_bias is set with multi_latent_attention", "leave out one"]),
     (1, {**LATENT, "kv_lora_rank": "0"}, ["kv_lora_rank is 0", "at least 1", "leave it out"]),
@@ -421,3 +431,12 @@ def test_a_config_made_by_hand_is_validated_too() -> None:
     with pytest.raises(ConfigError, match="num_layers is not given"):
         validate(run)
     run.transformer.num_layers = 2  # not frozen: it was not accepted
+
+
+def test_recomputation_that_frees_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: said of a ring, too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recomputed = {"recompute_granularity": "selective", "recompute_modules": "mla_up_proj"}
+    for comm_type, said in (("p2p", False), ("all_gather", False), ("a2a", True)):
+        run = parse_args(words(**LATENT, **recomputed, **CP2, cp_comm_type=comm_type))
+        assert any("attention by all-to-all keeps" in notice for notice in run.notices) == said

@@ -97,6 +97,8 @@ class GPTModelConfig(Validated):
                 f"use_rope_scaling is set with position_embedding_type {self.position_embedding_type}, but it scales "
                 "rope; set --position-embedding-type rope or leave it out."
             )
+        if self.rope_type == "rope" and self.position_embedding_type == "yarn":
+            found.append("rope_type is rope, but position_embedding_type is yarn, which says the opposite: keep one.")
         interpolated = self.rotary_seq_len_interpolation_factor
         if interpolated is not None and (interpolated <= 0 or self.position_embedding_type != "rope"):
             found.append(

@@ -94,6 +94,7 @@ class GPTModel(MegatronModule):
         if padded_vocab_size is None:
             padded_vocab_size = pad_vocab_size(vocab_size, make_vocab_size_divisible_by, tp)
         _check(vocab_size, padded_vocab_size, tp, position_embedding_type)
+        _check_positions(config, position_embedding_type, rotary_percent)
         self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
         self.max_sequence_length = max_sequence_length
         self.pre_process, self.post_process = pre_process, post_process
@@ -287,6 +288,19 @@ def _check(vocab_size: int, padded_vocab_size: int, tp: int, position_embedding_
         raise ConfigError(
             f"position_embedding_type is {position_embedding_type!r}, but it must be one of "
             f"{', '.join(POSITION_EMBEDDING_TYPES)}."
+        )
+
+
+def _check_positions(config: TransformerConfig, position_embedding_type: str, rotary_percent: float) -> None:
+    rotated = int(config.rotary_channels * rotary_percent)
+    if position_embedding_type in ("rope", "yarn") and (rotated < 2 or rotated % 2):
+        raise ConfigError(
+            f"{rotated} channels of a head are rotated, but they are rotated in pairs: choose an even width."
+        )
+    if config.mtp_num_layers and position_embedding_type == "learned_absolute":
+        raise ConfigError(
+            "position_embedding_type is learned_absolute with mtp_num_layers, but multi-token prediction embeds tokens "
+            "away from their positions: use rope, yarn or none."
         )
 
 

@@ -310,3 +310,26 @@ def test_a_sink_of_score_zero_is_softmax_off_by_one() -> None:
     got = DotProductAttention(config(softmax_type="off-by-one"), 1)(query, key, value)
     wanted = written_out(query, key, value, later(), sinks=torch.zeros(HEADS, dtype=torch.float64))
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"softmax_type": "learnable"}, {"window_size": (3, 0)}])
+def test_shapes_that_blocks_cannot_do(settings: dict[str, Any]) -> None:
+    """SDPA broadcasts them or refuses them. Mutation: given to a kernel that reads other memory then."""
+    attention = DotProductAttention(config(**settings), 1)
+    query, key, value = draw()
+    one_batch = attention(query, key[:, :1], value[:, :1])
+    expanded = attention(query, key[:, :1].expand(-1, BATCH, -1, -1), value[:, :1].expand(-1, BATCH, -1, -1))
+    torch.testing.assert_close(one_batch, expanded, rtol=1e-12, atol=1e-12)
+    narrow = attention(query, key, value[..., :3])
+    torch.testing.assert_close(narrow.unflatten(-1, (HEADS, 3)), attention(query, key, value).unflatten(
+        -1, (HEADS, WIDTH))[..., :3], rtol=1e-12, atol=1e-12)  # fmt: skip
+    with pytest.raises(RuntimeError):
+        attention(query, key[:, :, :3], value[:, :, :3])
+
+
+def test_sinks_are_computed_in_the_dtype_of_the_scores() -> None:
+    """As all weights are, whoever casts them: FSDP where there are replicas, the layer otherwise."""
+    attention = with_sinks()
+    sinks = attention.sinks(draw()[0].bfloat16())
+    assert sinks is not None
+    assert sinks.dtype == torch.bfloat16

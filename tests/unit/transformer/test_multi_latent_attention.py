@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lite.context_parallel import PackedSeqParams
+from megatron_lite.tensor_parallel import CheckpointWithoutOutput
 from megatron_lite.transformer.multi_latent_attention import MLASelfAttention
 from megatron_lite.transformer.rope import RotaryEmbedding, RotaryTables, YarnScaling
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -144,10 +146,12 @@ def test_recomputing_the_up_projections_changes_nothing(settings: dict[str, Any]
         torch.testing.assert_close(again(x), plain(x), rtol=0, atol=0)
 
 
-def bytes_kept(settings: TransformerConfig) -> int:
-    """Bytes that one layer keeps between forward and backward."""
-    attention, x = random_layer(settings), torch.randn(64, 1, HIDDEN, dtype=torch.float64, requires_grad=True)
-    positions = RotaryEmbedding(settings.rotary_channels)(torch.arange(64).expand(1, -1), torch.float64)
+def bytes_kept(settings: TransformerConfig, documents: bool) -> int:
+    """Bytes that one layer keeps between forward and backward, of two sequences."""
+    attention, x = random_layer(settings), torch.randn(32, 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    positions = RotaryEmbedding(settings.rotary_channels)(torch.arange(32).expand(2, -1), torch.float64)
+    cuts = torch.tensor([0, 10, 32, 40, 64])
+    packed = PackedSeqParams(cu_seqlens_q=cuts, cu_seqlens_split=torch.arange(3) * 32) if documents else None
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(saved: Tensor) -> Tensor:
@@ -155,18 +159,56 @@ def bytes_kept(settings: TransformerConfig) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        output = attention(x, None, positions)
+        output = attention(x, None, positions, packed_seq_params=packed)
     assert output.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def test_recomputing_the_up_projections_frees_queries_keys_and_values() -> None:
-    """Mutation: nothing discarded. Widths as in DeepSeek-V3, where the three are 12 times the latents."""
+@pytest.mark.parametrize("documents", [False, True])
+def test_recomputing_the_up_projections_frees_queries_keys_and_values(documents: bool) -> None:
+    """Mutations: nothing discarded; documents put behind one another outside of what is recomputed."""
     wide = {"qk_head_dim": 64, "qk_pos_emb_head_dim": 32, "v_head_dim": 64}
-    kept = bytes_kept(config(**wide))
-    freed = bytes_kept(config(**wide, recompute_granularity="selective", recompute_modules=["mla_up_proj"]))
+    kept = bytes_kept(config(**wide), documents)
+    recomputed = config(**wide, recompute_granularity="selective", recompute_modules=["mla_up_proj"])
+    freed = bytes_kept(recomputed, documents)
     three = 3 * 64 * HEADS * 96 * 8
     assert kept - freed >= three
+
+
+def test_one_backward_pass_and_frozen_layers() -> None:
+    """What is freed is there once. Behind frozen layers nothing is. Mutations: a second pass that computes with what is
+    left; a hook on what has no gradient."""
+    attention = random_layer(config(recompute_granularity="selective", recompute_modules=["mla_up_proj"]))
+    x = torch.randn(LENGTH, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True)
+    output = attention(x).sum()
+    output.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        output.backward()
+    for name, parameter in attention.named_parameters():
+        parameter.requires_grad_("linear_proj" in name)
+    attention(x.detach()).sum().backward()
+
+
+def test_the_peak_of_recomputation_is_one_copy() -> None:
+    """While attention's backward runs. Mutation: what was made anew kept beside what it was copied to."""
+    made: list[torch.UntypedStorage] = []
+    kept = CheckpointWithoutOutput()
+    x = torch.ones(8, requires_grad=True)
+
+    def double(values: Tensor) -> tuple[Tensor]:
+        doubled = values * 2
+        made.append(doubled.untyped_storage())
+        return (doubled,)
+
+    (output,) = kept.checkpoint(double, x)
+    result = output.exp()
+    kept.discard_output_and_register_recompute(result)
+    assert made[0].nbytes() == 0
+    seen: list[int] = []
+    output.register_hook(lambda _: seen.extend(storage.nbytes() for storage in made))
+    result.sum().backward()
+    assert seen == [32, 0]
+    torch.testing.assert_close(x.grad, 2 * (2 * torch.ones(8)).exp())
 
 
 def test_yarn_scales_all_scores() -> None:
