@@ -57,7 +57,10 @@ def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | Non
         torch.cuda.set_device(local_cuda_device())
     backend = backend or ("nccl" if use_cuda else "gloo")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # The agent's store outlives a failed attempt; where its ranks listened must not be taken for this one's.
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     _owns_torch_distributed = True

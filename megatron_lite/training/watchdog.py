@@ -134,7 +134,7 @@ def report(places: Mapping[int, str], world_size: int, seconds: float) -> str:
         shown = ", ".join(map(str, ranks[:8])) + (f", ... ({len(ranks)} in all)" if len(ranks) > 8 else "")
         lines.append(f"  rank{'s' if len(ranks) > 1 else ''} {shown}: {place}")
     lines.append(
-        f"Those that wait for a group wait for a rank of it that is somewhere else. All end with status {STATUS}; under "
+        f"Who waits for a group waits for a rank of it that is somewhere else. All end with status {STATUS}. Under "
         "torchrun --max-restarts N the run goes on from its last checkpoint, with --load."
     )
     return "\n".join(lines)
