@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lite.arguments import RunConfig
-from megatron_lite.checkpoint import BackgroundSaver, load_checkpoint, read_common, read_tracker, save_checkpoint
+from megatron_lite.checkpoint import (
+    BackgroundSaver,
+    CheckpointError,
+    load_checkpoint,
+    read_common,
+    read_tracker,
+    save_checkpoint,
+)
 from megatron_lite.distributed import reshard_parameters
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
@@ -48,6 +55,26 @@ def save(
         save_rng=checkpoint.save_rng,
         background=background,
     )
+
+
+def settle(background: BackgroundSaver | None, wait: bool = False) -> None:
+    """Hear how a save in the background ended, if it has; with `wait`, when it has. If it failed, training goes on."""
+    if background is None or not background.is_busy:
+        return
+    try:
+        background.finish() if wait else background.poll()
+    except CheckpointError as error:
+        print_rank_0(f"WARNING: {error}\nTraining goes on, and the next checkpoint is written when it is due.")
+
+
+def finish_save(background: BackgroundSaver | None) -> None:
+    """Wait for a save in the background before the run ends.
+
+    Raises:
+        CheckpointError: it failed, and no other will follow.
+    """
+    if background is not None:
+        background.finish()
 
 
 def make_save_folder(folder: str | None) -> None:

@@ -44,6 +44,12 @@ class TrainingConfig(Validated):
     exit_signal_handler: bool = knob(False, "Save and exit when any rank receives --exit-signal.")
     exit_signal: str = knob("SIGTERM", "The signal that --exit-signal-handler waits for.", choices=EXIT_SIGNALS)
     check_for_nan_in_loss_and_grad: bool = knob(True, "Stop when a loss or gradient norm is NaN or infinite.")
+    on_nan: str = knob(
+        "stop",
+        "What to do then: stop, skip (go on; the update is left out where the gradient is bad), or rewind to the last "
+        "checkpoint of --save and leave the data of that iteration out.",
+        choices=("stop", "skip", "rewind"),
+    )
     check_for_spiky_loss: bool = knob(False, "Warn when the loss exceeds ten times the largest seen so far.")
     manual_gc: bool = knob(False, "Collect Python garbage on all ranks at the same steps instead of whenever.")
     manual_gc_interval: int = knob(0, "Iterations between collections under --manual-gc; 0 collects at eval only.")

@@ -1,5 +1,6 @@
 """Building the parts of a run: model, data, optimizer, and the `Run` that holds them."""
 
+import functools
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -249,7 +250,10 @@ def assemble(
     calculator = batch_calculator_of(config)
     iterations = total_iterations(config, calculator)
     make_save_folder(config.checkpoint.save)
-    train, valid, test = data_streams(config, tokenizer, model_chunks, progress, iterations, device)
+    open_streams = functools.partial(
+        data_streams, config, tokenizer, model_chunks, iterations=iterations, device=device
+    )
+    train, valid, test = open_streams(progress)
     check_splits(config, train, valid)
     is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     padded = model_chunks[0].padded_vocab_size
@@ -278,4 +282,5 @@ def assemble(
         metrics=MetricsBuffer(device),
         background=BackgroundSaver() if config.checkpoint.async_save and config.checkpoint.save else None,
         hooks=[*build_hooks(config.training, config.profiling, trace_folder), *filter(None, [watchdog])],
+        open_streams=open_streams,
     )

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
-from megatron_lite.checkpoint import BackgroundSaver, CheckpointError
+from megatron_lite.checkpoint import BackgroundSaver
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from megatron_lite.pipeline_parallel import ForwardBackward
 from megatron_lite.training.batches import MicroBatchStream
-from megatron_lite.training.checkpointing import save
+from megatron_lite.training.checkpointing import finish_save, save, settle
 from megatron_lite.training.evaluate import evaluate
 from megatron_lite.training.hooks import Hook
-from megatron_lite.training.initialize import print_rank_0, print_rank_last
+from megatron_lite.training.initialize import print_rank_last
 from megatron_lite.training.metrics import IterationRecord, MetricsBuffer
+from megatron_lite.training.non_finite import Rewind, act_on, rewind
 from megatron_lite.training.progress import Progress
 from megatron_lite.training.step import StepOutput, train_step
 from megatron_lite.training.stopping import StopVote
@@ -30,7 +31,10 @@ from megatron_lite.transformer.moe.statistics import collect
 
 @dataclass
 class Run:
-    """All parts of a run, built by `training.setup`, in the order they are used by the loop."""
+    """All parts of a run, built by `training.setup`, in the order they are used by the loop.
+
+    The last ones are what a rewind needs: iterations whose data are left out since, and the data from another position.
+    """
 
     config: RunConfig
     device: torch.device
@@ -51,6 +55,8 @@ class Run:
     hooks: list[Hook] = field(default_factory=list)
     unprinted: list[IterationRecord] = field(default_factory=list)
     largest_loss: float = 0.0
+    left_out: set[int] = field(default_factory=set)
+    open_streams: Callable[[Progress], list[MicroBatchStream | None]] = lambda progress: [None, None, None]
 
 
 def train(run: Run) -> bool:
@@ -68,25 +74,29 @@ def train(run: Run) -> bool:
     saved_at = progress.iteration
     with StopVote(config.training) as vote:
         while progress.iteration < run.total_iterations:
-            one_iteration(run)
-            settle_save(run)
-            if log_is_due(run):
-                log(run)
-            if every(config.validation.eval_interval, progress.iteration) and evaluation_has_begun(run):
-                evaluate_and_log(run, f"iteration {progress.iteration}")
-            reason = vote.reason(progress.iteration)
+            try:
+                one_iteration(run)
+                settle(run.background)
+                if log_is_due(run):
+                    log(run)
+                if every(config.validation.eval_interval, progress.iteration) and evaluation_has_begun(run):
+                    evaluate_and_log(run, f"iteration {progress.iteration}")
+                reason = vote.reason(progress.iteration)
+                if reason:
+                    log(run)
+                if config.checkpoint.save and (reason or every(config.checkpoint.save_interval, progress.iteration)):
+                    save_now(run)
+                    saved_at = progress.iteration
+            except Rewind as found:
+                saved_at = rewind(run, found)
+                continue
             if reason:
-                log(run)
-            if config.checkpoint.save and (reason or every(config.checkpoint.save_interval, progress.iteration)):
-                save_now(run)
-                saved_at = progress.iteration
-            if reason:
-                finish_save(run)
+                finish_save(run.background)
                 print_rank_last(reason)
                 return True
     if config.checkpoint.save and saved_at != progress.iteration:
         save_now(run)
-    finish_save(run)
+    finish_save(run.background)
     return False
 
 
@@ -103,7 +113,7 @@ def one_iteration(run: Run) -> None:
     learning_rate = run.scheduler.get_lr(progress.consumed_train_samples)
     progress.iteration += 1
     progress.consumed_train_samples += global_batch_size
-    if progress.iteration not in config.training.iterations_to_skip:
+    if progress.iteration not in config.training.iterations_to_skip and progress.iteration not in run.left_out:
         output = train_step(
             run.model_chunks,
             run.optimizer,
@@ -197,22 +207,15 @@ def log(run: Run) -> None:
 
 
 def check_losses(run: Run, records: Sequence[IterationRecord]) -> None:
-    """Stop at a loss or gradient that is not a number; warn of a spike, when asked to.
+    """Act on a loss or gradient that is not a number as --on-nan says; warn of a spike, when asked to.
 
     Raises:
-        FloatingPointError: saying whether the update of that iteration was skipped, which a bad gradient norm causes.
+        FloatingPointError: the run stops; saying whether the update of that iteration was skipped, which a bad gradient
+            norm causes.
+        Rewind: the run goes back to its last checkpoint.
     """
+    act_on(run, records)
     training = run.config.training
-    broken = [record for record in records if record.values["nan"] or not math.isfinite(record.values["lm_loss"])]
-    if broken and training.check_for_nan_in_loss_and_grad and not run.config.transformer.fp16:
-        first = broken[0]
-        update = "was skipped" if first.values["skipped"] else "was applied, its gradient being finite"
-        raise FloatingPointError(
-            f"iteration {first.iteration}: lm loss {first.values['lm_loss']}, grad norm {first.values['grad_norm']}. "
-            f"Its update, from samples {first.consumed_samples - first.global_batch_size} to {first.consumed_samples}, "
-            f"{update}. Lower --lr or lengthen the warm-up; to leave these data out, resume with "
-            f"--iterations-to-skip {first.iteration}; to go on regardless, --no-check-for-nan-in-loss-and-grad."
-        )
     for record in records:
         loss = record.values["lm_loss"]
         if training.check_for_spiky_loss and run.largest_loss and loss > 10 * run.largest_loss:
@@ -271,29 +274,9 @@ def save_now(run: Run) -> None:
     """Check the numbers so far, then write a checkpoint, or with --async-save begin to."""
     assert run.scheduler is not None, "only a run that trains is saved"
     read_metrics(run)
-    settle_save(run, wait=True)
+    settle(run.background, wait=True)
     save(run.config, run.model_chunks, run.optimizer, run.scheduler, run.progress, run.background)
     run.metrics.restart_clock()
-
-
-def settle_save(run: Run, wait: bool = False) -> None:
-    """Hear how a save in the background ended, if it has; with `wait`, when it has. If it failed, training goes on."""
-    if run.background is None or not run.background.is_busy:
-        return
-    try:
-        run.background.finish() if wait else run.background.poll()
-    except CheckpointError as error:
-        print_rank_0(f"WARNING: {error}\nTraining goes on, and the next checkpoint is written when it is due.")
-
-
-def finish_save(run: Run) -> None:
-    """Wait for a save in the background before the run ends.
-
-    Raises:
-        CheckpointError: it failed, and no other will follow.
-    """
-    if run.background is not None:
-        run.background.finish()
 
 
 def finish(run: Run) -> None:

@@ -152,6 +152,12 @@ class Writers:
             if record.experts:
                 self._scalars(record.experts, record.iteration, record.consumed_samples)
 
+    def rewind(self, first_iteration: int) -> None:
+        """Forget what the metrics file holds of `first_iteration` and later ones, which are trained again."""
+        if self._json and self.config.metrics_jsonl:
+            self._json.close()
+            self._json = JsonLines(self.config.metrics_jsonl, first_iteration)
+
     def validation(
         self, iteration: int, consumed_samples: int, loss: float, split: str = "validation", final: bool = False
     ) -> None:
