@@ -59,7 +59,7 @@ def _entries(loader: _TextLoader, root: yaml.Node, path: str, sections: tuple[st
     found: list[Entry] = []
     for key_node, value_node in root.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
-        key = loader.construct_object(key_node, deep=True)
+        key = _value(loader, key_node, f"{where}: a key")
         if not isinstance(key, str):
             raise ConfigError(f"{where}: the key {key!r} is not text; a key is the name of a setting.")
         if isinstance(value_node, yaml.MappingNode):
@@ -67,10 +67,21 @@ def _entries(loader: _TextLoader, root: yaml.Node, path: str, sections: tuple[st
                 raise ConfigError(f"{where}: {key} holds a mapping; only these sections may: {', '.join(sections)}.")
             found += _entries(loader, value_node, path, ())
         else:
-            found.append(Entry(key, loader.construct_object(value_node, deep=True), where))
+            found.append(Entry(key, _value(loader, value_node, f"{where}: {key}"), where))
     first: dict[str, str] = {}
     for entry in found:
         if entry.key in first:
             raise ConfigError(f"{entry.where}: {entry.key} was already set at {first[entry.key]}; keep one of the two.")
         first[entry.key] = entry.where
     return found
+
+
+def _value(loader: _TextLoader, node: yaml.Node, where: str) -> Any:
+    """A plain value or a list of such; nothing deeper, which through aliases could grow without bound."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise ConfigError(f"{where} holds lists or mappings inside of a list; write plain values.")
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML, about an explicit tag that does not fit
+        raise ConfigError(f"{where} is not of the type that its tag says: {error}") from error

@@ -20,16 +20,16 @@ def read_common(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / COMMON
     try:
         common = json.loads(path.read_text())
-        known = common["format"] == FORMAT and common["format_version"] == FORMAT_VERSION
+        says = common["format"], common["format_version"]
         types = {"iteration": int, "layout": dict, "extra": dict, "config": dict}
         damaged = [name for name, kind in types.items() if type(common[name]) is not kind]
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path} is missing: {folder} is not a checkpoint of {FORMAT}.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    if not known:
+    if says != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(
-            f"{path} says format {common['format']!r}, version {common['format_version']!r}; this program reads "
+            f"{path} says format {says[0]!r}, version {says[1]!r}; this program reads "
             f"{FORMAT!r}, version {FORMAT_VERSION}: use the version of {FORMAT} that wrote it, or a newer one."
         )
     if damaged:

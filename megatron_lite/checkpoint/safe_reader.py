@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,24 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
             f"{path} is missing: {folder} is not a checkpoint, or not a complete one."
         ) from error
     try:
+        _check_sizes(content)
         return _metadata(_DataUnpickler(io.BytesIO(content)).load())
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:
         raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_sizes(content: bytes) -> None:
+    """Refuse a pickle that would take much memory whatever its length, as one flipped bit can make it.
+
+    Objects are numbered from 0 for later reference, and the unpickler makes room for as many as the largest number
+    says. A byte array, of which DCP writes none, gets its room before its bytes are there.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        out_of_bounds = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count
+        if out_of_bounds or opcode.name == "BYTEARRAY8":
+            raise pickle.UnpicklingError(f"{opcode.name} out of place")
 
 
 def _metadata(record: Any) -> Metadata:

@@ -213,6 +213,10 @@ class IndexedDataset(torch.utils.data.Dataset[Any]):
         if not -len(self) <= idx < len(self):
             raise IndexError(f"sequence {idx} of {self.path_prefix}, which has {len(self)}")
         available = int(self.index.sequence_lengths[idx])
+        if available < 0:
+            raise CorruptedDatasetError(
+                f"{get_idx_path(self.path_prefix)}: sequence {idx} has {available} tokens; write the files again."
+            )
         length = available - offset if length is None else int(length)
         if offset < 0 or length < 0 or offset + length > available:
             raise IndexError(

@@ -137,12 +137,21 @@ def _load_json(path: str) -> tuple[Any, dict[str, str]]:
         settings_path = os.path.join(os.path.dirname(path), settings_name)
         if not os.path.isfile(settings_path):
             continue
-        with open(settings_path, encoding="utf-8") as file:
-            settings = json.load(file)
-        for role in ("bos", "eos", "pad", "unk"):
-            value = settings.get(f"{role}_token")
-            if value is not None:
-                names[role] = value["content"] if isinstance(value, dict) else value
+        try:
+            with open(settings_path, encoding="utf-8") as file:
+                settings = json.load(file)
+            given = {
+                role: settings[f"{role}_token"] for role in ("bos", "eos", "pad", "unk") if f"{role}_token" in settings
+            }
+            given = {role: value["content"] if isinstance(value, dict) else value for role, value in given.items()}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"{settings_path!r} is no JSON mapping of settings: {type(error).__name__}: {error}"
+            ) from error
+        strange = [f"{role}_token" for role, value in given.items() if not isinstance(value, str | None)]
+        if strange:
+            raise ConfigError(f"{settings_path!r}: {strange[0]} is not the text of a token.")
+        names.update({role: value for role, value in given.items() if value is not None})
     if "eos" not in names:
         known = [end for end in USUAL_ENDS if tokenizer.token_to_id(end) is not None]
         if known:

@@ -27,7 +27,7 @@ class SentencePieceTokenizer(MegatronTokenizer):
         sentencepiece = require_package("sentencepiece", type(self).__name__)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise ConfigError(f"--tokenizer-model {path!r} is not a SentencePiece model: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
         self.bos = optional_id(self._processor.bos_id())

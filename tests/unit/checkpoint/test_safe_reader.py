@@ -5,6 +5,7 @@ import contextlib
 import copyreg
 import os
 import pickle
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,23 @@ def test_a_truncated_or_missing_data_file_is_named(folder: Path) -> None:
         data.unlink()
         with pytest.raises(dcp.api.CheckpointException, match=r"\.distcp is missing"):
             dcp.load(target, storage_reader=SafeFileSystemReader(folder), no_dist=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04]r\xff\xff\xff\x00.",
+        b"\x80\x04]p20000000\n.",
+        b"\x80\x05\x96" + (1 << 28).to_bytes(8, "little") + b".",
+    ],
+    ids=["LONG_BINPUT", "PUT", "BYTEARRAY8"],
+)
+def test_a_short_file_cannot_ask_for_much_memory(folder: Path, content: bytes) -> None:
+    (folder / METADATA).write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_metadata(folder)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
