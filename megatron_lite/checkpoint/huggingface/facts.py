@@ -1,4 +1,4 @@
-"""Facts: what a model of ours computes, in values that are equal where the models are, whatever they were written as."""
+"""Facts: what a model of ours computes, in values that are equal where the models are, however they were written."""
 
 import dataclasses
 import math

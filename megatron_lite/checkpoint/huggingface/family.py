@@ -93,7 +93,7 @@ class Family:
         return number, sources
 
     def is_ignorable(self, name: str, layers: int, depths: int, tied: bool) -> bool:
-        """Whether a tensor of theirs that nobody wants may be left: tables of positions, layers that only train, copies.
+        """Whether a tensor that nobody wants may be left: tables of positions, layers for training only, copies.
 
         Args:
             name: theirs, with the prefix.

@@ -84,8 +84,8 @@ class TensorFolder:
         pickles = sorted(path.name for path in self.folder.glob("*.bin")) if self.folder.is_dir() else []
         if pickles:
             raise ConfigError(
-                f"{self.folder} holds its weights in {pickles[0]} only, a pickle, which can run code on the machine that "
-                "opens it and is not read: load the model with transformers, if you trust it, and write it with "
+                f"{self.folder} holds its weights in {pickles[0]} only, a pickle, which can run code on the machine "
+                "that opens it and is not read: load the model with transformers, if you trust it, and write it with "
                 "save_pretrained(), which makes model.safetensors."
             )
         raise ConfigError(

@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.huggingface.folder import TensorFolder, require_sa
 from megatron_lite.checkpoint.huggingface.pieces import Piece, put
 from megatron_lite.checkpoint.huggingface.settings import read_config
 from megatron_lite.checkpoint.huggingface.sources import Sizes
-from megatron_lite.checkpoint.model_state import listed, with_closest, fill_copies, local_tensor, model_tensors
+from megatron_lite.checkpoint.model_state import fill_copies, listed, local_tensor, model_tensors, with_closest
 from megatron_lite.model_chunks import ModelChunks, as_chunks
 from megatron_lite.tensor_parallel.parameters import stored_indices
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -22,7 +22,7 @@ from megatron_lite.transformer.transformer_config import TransformerConfig
 
 @torch.no_grad()
 def load_huggingface(folder: str | Path, model_chunks: ModelChunks) -> None:
-    """Fill a model with the weights of a Hugging Face folder, each rank the slices it stores. Collective over the world.
+    """Fill a model with the weights of a Hugging Face folder, each rank the slices it stores. Collective.
 
     The settings of the model are not compared with config.json (`disagreements`), names and shapes are. Rows of the
     vocabulary's padding become zero. Optimizers that update the parameters need nothing more: these are the masters.

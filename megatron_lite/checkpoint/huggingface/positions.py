@@ -1,4 +1,4 @@
-"""Rotary positions: `rope_parameters` (or `rope_theta` and `rope_scaling`, as before transformers 5) and our settings."""
+"""Rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` (before transformers 5), and our settings."""
 
 from typing import Any
 
@@ -68,7 +68,9 @@ def _read_yarn(config: ConfigJson, rope: dict[str, Any]) -> dict[str, Any]:
             f"mscale_all_dim of the rotary positions is {rope['mscale_all_dim']} in {config.path} without an mscale, "
             "which cannot be expressed: write both."
         )
-    ours = yarn_attention_factor(YarnScaling(yarn["rotary_scaling_factor"], **scales))
+    ours = yarn_attention_factor(
+        YarnScaling(yarn["rotary_scaling_factor"], mscale=scales["mscale"], mscale_all_dim=scales["mscale_all_dim"])
+    )
     if abs(rope.get("attention_factor", ours) - ours) > _TOLERANCE:
         config.problems.append(
             f"attention_factor of the rotary positions is {rope['attention_factor']} in {config.path}, but must be "
