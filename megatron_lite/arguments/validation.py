@@ -236,8 +236,8 @@ def _features(run: RunConfig) -> Iterator[str]:
     starts_from_nothing = not (checkpoint.load or checkpoint.pretrained_checkpoint or checkpoint.load_hf)
     if not sizes.perform_initialization and starts_from_nothing and not run.dry_run:
         yield (
-            "no_initialization is set, but no weights are loaded either: write --load, --pretrained-checkpoint or --load-hf, "
-            "or leave it out."
+            "no_initialization is set, but no weights are loaded either: write --load, --pretrained-checkpoint or "
+            "--load-hf, or leave it out."
         )
     if run.training.compile and (sizes.attention_dropout or (sizes.hidden_dropout and sizes.sequence_parallel)):
         yield (

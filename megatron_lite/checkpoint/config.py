@@ -65,8 +65,8 @@ class CheckpointConfig(Validated):
             )
         if self.load_hf is not None and self.pretrained_checkpoint is not None:
             found.append(
-                f"load_hf is {self.load_hf!r} and pretrained_checkpoint {self.pretrained_checkpoint!r}, but a run starts "
-                "from one of them: leave out the other."
+                f"load_hf is {self.load_hf!r} and pretrained_checkpoint {self.pretrained_checkpoint!r}, but a run "
+                "starts from one of them: leave out the other."
             )
         if self.exit_on_missing_checkpoint and self.load is None:
             found.append("exit_on_missing_checkpoint is set, but no checkpoint is asked for: write --load FOLDER.")

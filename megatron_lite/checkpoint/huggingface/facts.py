@@ -60,7 +60,8 @@ def facts_of(model: Architecture) -> dict[str, Any]:
     """Setting -> value, of those that matter in this model."""
     config = model.transformer
     facts = {name: getattr(config, name) for name in _ALWAYS}
-    facts["add_qkv_bias"] = config.add_bias_linear or config.add_qkv_bias
+    if not config.add_bias_linear:
+        facts["add_qkv_bias"] = config.add_qkv_bias
     if not (config.swiglu or config.quick_geglu or config.squared_relu):
         facts["bias_gelu_fusion"] = config.bias_gelu_fusion or config.openai_gelu
     facts |= {name: getattr(config, name) for name in (_LATENT if config.multi_latent_attention else _GROUPED)}
@@ -94,8 +95,8 @@ def _facts_of_experts(config: TransformerConfig) -> dict[str, Any]:
         facts["moe_router_num_groups"] = config.moe_router_num_groups
     if config.moe_router_score_function == "softmax":
         facts["moe_router_pre_softmax"] = config.moe_router_pre_softmax
-    types = config.balance_types
-    facts["moe_router_load_balancing_type"] = "sinkhorn" if "sinkhorn" in types else "any but sinkhorn"
+    # All types but sinkhorn weigh experts alike; aux_loss, the default, stands for them.
+    facts["moe_router_load_balancing_type"] = "sinkhorn" if "sinkhorn" in config.balance_types else "aux_loss"
     return facts
 
 

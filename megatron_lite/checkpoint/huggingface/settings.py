@@ -14,6 +14,8 @@ from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 Settings = dict[str, dict[str, Any]]
+# More differences than any model has that can be read at all.
+_FAR = 1000
 _OF_GPT = {one.name for one in dataclasses.fields(GPTModelConfig)}
 
 
@@ -96,18 +98,21 @@ def config_of(model: Architecture, model_type: str | None = None) -> tuple[Famil
     if model_type is not None and model_type not in FAMILIES:
         raise ConfigError(f"model_type is {model_type!r}, but must be one of: {', '.join(FAMILIES)}.")
     families = list(FAMILIES.values()) if model_type is None else [FAMILIES[model_type]]
-    nearest: tuple[Family, list[str]] | None = None
+    failures: list[tuple[int, Family, list[str]]] = []
     for family in families:
         values = _written(family, model)
-        problems = _losses(family, model, values)
+        try:
+            problems = list(_losses(family, model, values))
+        except (ConfigError, TypeError, ZeroDivisionError) as error:
+            failures.append((_FAR, family, [str(error)]))
+            continue
         if not problems:
             return family, values
-        if nearest is None or len(problems) < len(nearest[1]):
-            nearest = family, problems
-    assert nearest is not None
+        failures.append((len(problems), family, problems))
+    _, nearest, problems = min(failures, key=lambda one: one[0])
     raise ConfigError(
         f"no model type of transformers that is known here computes what this model does. Nearest is "
-        f"{nearest[0].model_type!r}, which differs in: {'; '.join(nearest[1])}."
+        f"{nearest.model_type!r}, which differs: {'; '.join(problems)}."
     )
 
 
@@ -118,12 +123,14 @@ def _written(family: Family, model: Architecture) -> dict[str, Any]:
     return {**values, "vocab_size": model.vocab_size, **family.only, **family.write(model)}
 
 
-def _losses(family: Family, model: Architecture, values: dict[str, Any]) -> list[str]:
-    """What reading the config.json again would make different."""
-    try:
-        again = architecture_of(flags_of(family, ConfigJson("it", values)))
-    except (ConfigError, TypeError, ZeroDivisionError) as error:
-        return [str(error)]
+def _losses(family: Family, model: Architecture, values: dict[str, Any]) -> Iterator[str]:
+    """What reading the config.json again would make different.
+
+    Raises:
+        ConfigError, TypeError, ZeroDivisionError: it could not even be read.
+    """
+    again = architecture_of(flags_of(family, ConfigJson("it", values)))
     both = {name: (ours, theirs) for name, theirs, ours in differences(again, model)}
     both |= {name: (ours, theirs) for name, ours, theirs in differences(model, again)}
-    return [f"{name} is {ours}, theirs {theirs}" for name, (ours, theirs) in both.items()]
+    for name, (ours, theirs) in both.items():
+        yield f"{name} is {ours}, theirs {theirs}"
