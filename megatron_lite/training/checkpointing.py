@@ -121,7 +121,8 @@ def load(
     if state is not None:
         for line in changed_settings(config, state.config, finetune):
             print_rank_0(f"WARNING: {line}")
-    if state is None or finetune:
+    # A checkpoint that was imported holds weights alone, and no position.
+    if state is None or finetune or "progress" not in state.extra:
         return Progress()
     if scheduler is not None:
         scheduler.load_state_dict(state.extra["scheduler"])

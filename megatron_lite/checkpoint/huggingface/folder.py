@@ -33,6 +33,28 @@ def require_safetensors() -> ModuleType:
         ) from error
 
 
+def find_safetensors(folder: str | Path) -> Path:
+    """The one file of a folder's tensors, or the index of several.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    folder = Path(folder)
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    if pickles:
+        raise ConfigError(
+            f"{folder} holds its weights in {pickles[0]} only, a pickle, which can run code on the machine "
+            "that opens it and is not read: load the model with transformers, if you trust it, and write it with "
+            "save_pretrained(), which makes model.safetensors."
+        )
+    raise ConfigError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}: name a folder that a Hugging Face model was saved to."
+    )
+
+
 class TensorFolder:
     """Names and shapes of the tensors of a folder, and slices of them.
 
@@ -76,21 +98,10 @@ class TensorFolder:
 
     def _names(self) -> dict[str, Path]:
         """Name of each tensor -> its file."""
-        single, index = self.folder / SINGLE, self.folder / INDEX
-        if single.is_file():
-            return dict.fromkeys(self._opened(single).keys(), single)
-        if index.is_file():
-            return {name: self._file_of_index(name, file) for name, file in _weight_map(index).items()}
-        pickles = sorted(path.name for path in self.folder.glob("*.bin")) if self.folder.is_dir() else []
-        if pickles:
-            raise ConfigError(
-                f"{self.folder} holds its weights in {pickles[0]} only, a pickle, which can run code on the machine "
-                "that opens it and is not read: load the model with transformers, if you trust it, and write it with "
-                "save_pretrained(), which makes model.safetensors."
-            )
-        raise ConfigError(
-            f"{self.folder} holds neither {SINGLE} nor {INDEX}: name a folder that a Hugging Face model was saved to."
-        )
+        path = find_safetensors(self.folder)
+        if path.name == SINGLE:
+            return dict.fromkeys(self._opened(path).keys(), path)
+        return {name: self._file_of_index(name, file) for name, file in _weight_map(path).items()}
 
     def _file_of_index(self, name: str, file: str) -> Path:
         if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.agreement import agreed, union_of_names
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.huggingface.family import Family
-from megatron_lite.checkpoint.huggingface.folder import TensorFolder, require_safetensors
+from megatron_lite.checkpoint.huggingface.folder import TensorFolder, find_safetensors, require_safetensors
 from megatron_lite.checkpoint.huggingface.pieces import Piece, put
 from megatron_lite.checkpoint.huggingface.settings import read_config
 from megatron_lite.checkpoint.huggingface.sources import Sizes
@@ -37,6 +37,7 @@ def load_huggingface(folder: str | Path, model_chunks: ModelChunks) -> None:
     """
     require_safetensors()
     family, _ = read_config(folder)
+    find_safetensors(folder)
     chunks = as_chunks(model_chunks)
     what = f"Reading {folder}"
     own = model_tensors(chunks)

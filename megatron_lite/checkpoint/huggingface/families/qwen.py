@@ -82,6 +82,8 @@ def _write_qwen3_moe(model: Architecture) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [n - 1 for n in range(1, config.num_layers + 1) if not is_moe_layer(config, n)],
         "norm_topk_prob": not config.moe_router_pre_softmax,
+        "use_sliding_window": False,
+        "max_window_layers": config.num_layers,
     }
 
 

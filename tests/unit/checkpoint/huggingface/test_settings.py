@@ -13,7 +13,8 @@ from megatron_lite.checkpoint.huggingface.facts import differences
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.errors import ConfigError
 
-# As the released models' files have them, with the spellings of before transformers 5, without what is not read.
+# As the released models' files have them, with the spellings of before transformers 5 and without what is not read;
+# DeepSeek-V3 as it was pretrained, in bfloat16 and before YaRN.
 RELEASED: dict[str, dict[str, Any]] = {
     "llama3_8b": {
         "model_type": "llama",
@@ -75,7 +76,18 @@ def test_presets_are_the_released_models(tmp_path: Path, preset: str) -> None:
 
     Mutations: the reading of each setting wrong by one, or left at our default.
     """
-    run = parse_args(["--config", str(PRESETS / f"{preset}.yaml"), "--mock-data", "--dry-run", "--world-size", "2048"])
+    run = parse_args(
+        [
+            "--config",
+            str(PRESETS / f"{preset}.yaml"),
+            "--mock-data",
+            "--dry-run",
+            "--world-size",
+            "1024",
+            "--global-batch-size",
+            "15360",
+        ]
+    )
     mine = Architecture(run.transformer, run.gpt, run.gpt.vocab_size)
     assert list(disagreements(write(tmp_path, **RELEASED[preset]), mine)) == []
     family, values = config_of(mine)
