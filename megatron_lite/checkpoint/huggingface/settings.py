@@ -130,7 +130,5 @@ def _losses(family: Family, model: Architecture, values: dict[str, Any]) -> Iter
         ConfigError, TypeError, ZeroDivisionError: it could not even be read.
     """
     again = architecture_of(flags_of(family, ConfigJson("it", values)))
-    both = {name: (ours, theirs) for name, theirs, ours in differences(again, model)}
-    both |= {name: (ours, theirs) for name, ours, theirs in differences(model, again)}
-    for name, (ours, theirs) in both.items():
+    for name, theirs, ours in differences(again, model):
         yield f"{name} is {ours}, theirs {theirs}"

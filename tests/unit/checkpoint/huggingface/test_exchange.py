@@ -159,6 +159,28 @@ def test_padding_of_the_vocabulary_is_zero(tmp_path: Path) -> None:
         assert (weight[tiny_models.VOCAB :] == 0).all()
 
 
+def test_two_chunks_of_one_rank(tmp_path: Path) -> None:
+    """The first and the last stage of a tied model on one rank: the copy of the embeddings is filled, too.
+
+    Mutation: fill_copies left out.
+    """
+    tiny_models.save("qwen3", tmp_path)
+    _, ours = read_architecture(tmp_path)
+    parts: list[dict[str, Any]] = [
+        {"pre_process": stage == 0, "post_process": stage == 1, "layer_indices": [stage]} for stage in range(2)
+    ]
+    first, last = (
+        build_gpt_model(ours.transformer, ours.gpt, tiny_models.VOCAB, tiny_models.LENGTH, **part).eval()
+        for part in parts
+    )
+    load_huggingface(tmp_path, [first, last])
+    ids = tiny_models.tokens()
+    positions = torch.arange(ids.size(1)).repeat(ids.size(0), 1)
+    with torch.no_grad():
+        logits = last(None, positions, decoder_input=first(ids, positions))
+    assert tiny_models.difference(logits, tiny_models.logits_of(tiny_models.build("qwen3"))) < 1e-5
+
+
 def test_multi_token_prediction_travels(tmp_path: Path) -> None:
     """Layers behind the decoder's are exported and imported; transformers, and a model without them, leave them.
 
@@ -188,6 +210,12 @@ def test_multi_token_prediction_travels(tmp_path: Path) -> None:
         rows = tiny_models.VOCAB if (parameter.size(0) == 128 and "mbedding" in name) or "output" in name else None
         assert torch.equal(parameter[:rows], weights[name][:rows]), name
     assert loaded(tmp_path / "again").mtp is None
+    without_copies = {
+        n: one for n, one in tensors.items() if "layers" not in n or "embed" not in n and "head.h" not in n
+    }
+    assert len(without_copies) == len(tensors) - 4
+    save_file(without_copies, tmp_path / "again/model.safetensors")
+    load_huggingface(tmp_path / "again", copy)
     tiny_models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
