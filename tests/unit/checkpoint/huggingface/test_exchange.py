@@ -211,7 +211,7 @@ def test_multi_token_prediction_travels(tmp_path: Path) -> None:
         assert torch.equal(parameter[:rows], weights[name][:rows]), name
     assert loaded(tmp_path / "again").mtp is None
     without_copies = {
-        n: one for n, one in tensors.items() if "layers" not in n or "embed" not in n and "head.h" not in n
+        n: one for n, one in tensors.items() if "layers" not in n or ("embed" not in n and "head.h" not in n)
     }
     assert len(without_copies) == len(tensors) - 4
     save_file(without_copies, tmp_path / "again/model.safetensors")
@@ -282,7 +282,7 @@ def test_export_finds_the_family(tmp_path: Path, model_type: str) -> None:
 def test_models_without_a_family_are_refused(
     tmp_path: Path, transformer: dict[str, Any], gpt: dict[str, Any], named: str
 ) -> None:
-    """Mutations: the first family taken although settings are lost; only settings that theirs has compared."""
+    """Mutation: the first family taken although settings are lost."""
     tiny_models.save("llama2", tmp_path)
     settings = flags_of(*read_config(tmp_path))
     ours = architecture_of({"transformer": settings["transformer"] | transformer, "gpt": settings["gpt"] | gpt})
