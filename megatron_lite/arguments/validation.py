@@ -16,7 +16,7 @@ def all_violations(run: RunConfig) -> list[str]:
     rules = (
         (_required,)
         if _sizes_are_broken(run)
-        else (_required, _layout, _sequence, _batch, _duration, _features, experts_between_groups)
+        else (_required, _layout, _sequence, _batch, _duration, _features, experts_between_groups, _huggingface)
     )
     for rule in rules:
         found += rule(run)
@@ -232,11 +232,12 @@ def _features(run: RunConfig) -> Iterator[str]:
     if ranks:
         yield f"profile_ranks names {ranks}, but there are ranks 0 to {run.world_size - 1}: choose among these."
     yield from _positions(run)
-    starts_from_nothing = run.checkpoint.load is None and run.checkpoint.pretrained_checkpoint is None
+    checkpoint = run.checkpoint
+    starts_from_nothing = not (checkpoint.load or checkpoint.pretrained_checkpoint or checkpoint.load_hf)
     if not sizes.perform_initialization and starts_from_nothing and not run.dry_run:
         yield (
-            "no_initialization is set, but no weights are loaded either: write --load or --pretrained-checkpoint, or "
-            "leave it out."
+            "no_initialization is set, but no weights are loaded either: write --load, --pretrained-checkpoint or "
+            "--load-hf, or leave it out."
         )
     if run.training.compile and (sizes.attention_dropout or (sizes.hidden_dropout and sizes.sequence_parallel)):
         yield (
@@ -251,6 +252,26 @@ def _features(run: RunConfig) -> Iterator[str]:
         )
     if sizes.transformer_impl == "transformer_engine":
         yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
+
+
+def _huggingface(run: RunConfig) -> Iterator[str]:
+    """What the flags say of the model has to be what the Hugging Face folder says."""
+    folder = run.checkpoint.load_hf
+    if folder is None:
+        return
+    if run.transformer.moe_use_upcycling:
+        yield (
+            f"load_hf is {folder!r} with moe_use_upcycling, which reads a checkpoint of this program: convert it with "
+            "tools/convert_checkpoint.py and write --pretrained-checkpoint."
+        )
+        return
+    # Imported here, so that --help and most runs do without it.
+    from megatron_lite.checkpoint.huggingface import Architecture, disagreements
+
+    try:
+        yield from disagreements(folder, Architecture(run.transformer, run.gpt, run.gpt.vocab_size))
+    except ConfigError as error:
+        yield str(error)
 
 
 def _positions(run: RunConfig) -> Iterator[str]:

@@ -36,6 +36,11 @@ class CheckpointConfig(Validated):
     pretrained_checkpoint: str | None = knob(
         None, "Folder whose weights start the run when --load holds no checkpoint yet.", metavar="FOLDER"
     )
+    load_hf: str | None = knob(
+        None,
+        "Folder of a Hugging Face model whose weights start the run when --load holds no checkpoint yet.",
+        metavar="FOLDER",
+    )
     verify_checkpoint: bool = knob(False, "Compare every file of a checkpoint with its checksum before loading it.")
     fallback: bool = knob(True, "Where the latest checkpoint is damaged, load the one before it.")
     exit_on_missing_checkpoint: bool = knob(False, "Stop if --load holds no checkpoint, instead of starting anew.")
@@ -57,6 +62,11 @@ class CheckpointConfig(Validated):
             found.append(
                 f"save_retain_interval is {self.save_retain_interval}, but must be a multiple of save_interval "
                 f"({self.save_interval}): write --save-retain-interval {nearest}."
+            )
+        if self.load_hf is not None and self.pretrained_checkpoint is not None:
+            found.append(
+                f"load_hf is {self.load_hf!r} and pretrained_checkpoint {self.pretrained_checkpoint!r}, but a run "
+                "starts from one of them: leave out the other."
             )
         if self.exit_on_missing_checkpoint and self.load is None:
             found.append("exit_on_missing_checkpoint is set, but no checkpoint is asked for: write --load FOLDER.")

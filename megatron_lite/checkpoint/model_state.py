@@ -99,9 +99,9 @@ def compare_names_and_shapes(
     if not (missing or unexpected or reshaped):
         return
     lines = [f"{folder} does not fit this run: the model or optimizer was configured differently."]
-    lines += _listed("not in the checkpoint", [_with_closest(name, unexpected) for name in missing])
-    lines += _listed("in the checkpoint only", [_with_closest(name, missing) for name in unexpected])
-    lines += _listed("another shape", reshaped)
+    lines += listed("not in the checkpoint", [with_closest(name, unexpected) for name in missing])
+    lines += listed("in the checkpoint only", [with_closest(name, missing) for name in unexpected])
+    lines += listed("another shape", reshaped)
     differing = [*missing, *unexpected, *(name.partition(":")[0] for name in reshaped)]
     if all(name.startswith("optimizer.") for name in differing):
         lines.append("The weights fit: load them alone with --no-load-optim, or as a new run with --finetune.")
@@ -110,12 +110,14 @@ def compare_names_and_shapes(
     raise CheckpointError("\n".join(lines))
 
 
-def _with_closest(name: str, others: list[str]) -> str:
+def with_closest(name: str, others: list[str]) -> str:
+    """A name, with the most similar of the others if one is similar."""
     closest = difflib.get_close_matches(name, others[:2000], n=1, cutoff=0.6)
     return f"{name} (closest counterpart: {closest[0]})" if closest else name
 
 
-def _listed(title: str, entries: list[str]) -> list[str]:
+def listed(title: str, entries: list[str]) -> list[str]:
+    """Lines of a message: the title with the number of entries, and the first of them."""
     if not entries:
         return []
     more = [f"    ... and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint folder, written and read by torch.distributed.checkpoint (DCP)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,14 +9,20 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from megatron_lite.checkpoint.agreement import Failure, agreed, failure, gathered, world
 from megatron_lite.checkpoint.checksums import Checksums, checksums_of
 from megatron_lite.checkpoint.safe_reader import METADATA, SafeFileSystemReader
 
 
-def write_tensors(what: str, folder: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None) -> Checksums:
+def write_tensors(
+    what: str,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    group: ProcessGroup | None = None,
+    make: Callable[[str], Tensor] | None = None,
+) -> Checksums:
     """Write each rank's part of the tensors, replicas once, and make the files durable. Collective over the world.
 
     Args:
@@ -24,6 +30,8 @@ def write_tensors(what: str, folder: Path, tensors: dict[str, Tensor], group: Pr
         folder: an empty folder that every rank sees.
         tensors: by global name; ranks may hold different names.
         group: of all ranks, for a thread that must not meet the collectives of training; default the world.
+        make: name -> tensor, asked when that tensor is written; those in `tensors` then are on the meta device, and
+            each has a file of its own, so that one at a time is in memory.
 
     Returns:
         The checksums of all files that were written, on every rank.
@@ -32,10 +40,11 @@ def write_tensors(what: str, folder: Path, tensors: dict[str, Tensor], group: Pr
         CheckpointError: on every rank, with the ranks that failed and why.
     """
     # Flat names need no mapping back to nested dictionaries, which DCP would add to the metadata.
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False) if make is None else _Maker(make)
+    writer = _Writer(folder, single_file_per_rank=make is None)
     rank, size = world()
     with _plain_dcp(what):
-        dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, process_group=group, no_dist=size == 1)
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=size == 1)
     own = sorted(path.name for path in folder.glob(f"__{rank}_*")) + [METADATA] * (rank == 0)
     parts = gathered(agreed(what, lambda: checksums_of(folder, own), group), group)
     return {name: checksum for part in parts for name, checksum in part.items()}
@@ -51,6 +60,18 @@ def read_tensors(reader: SafeFileSystemReader, tensors: dict[str, Tensor]) -> No
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     with _plain_dcp(f"Reading {reader.folder}", reading=True):
         dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=world()[1] == 1)
+
+
+class _Maker(dcp.DefaultSavePlanner):
+    """DCP's planner, of tensors that are made when they are written."""
+
+    def __init__(self, make: Callable[[str], Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._make = make
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The tensor to write."""
+        return self._make(index.fqn)
 
 
 class _Writer(dcp.FileSystemWriter):

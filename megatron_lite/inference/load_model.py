@@ -76,18 +76,18 @@ def load_model(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    transformer = _rebuild(TransformerConfig, settings, "transformer", folder, one_process | {
+    transformer = rebuild_config(TransformerConfig, settings, "transformer", folder, one_process | {
         "tensor_model_parallel_size": tensor_model_parallel_size,
     })  # fmt: skip
     # The stored tensor knows how far the vocabulary was padded, which may depend on the layout of the save.
     embedding = tensor_shapes(read_metadata(folder)).get(_EMBEDDING)
     padded = {} if embedding is None else {"padded_vocab_size": embedding[0], "pad_vocab_size": True}
-    gpt = _rebuild(GPTModelConfig, settings, "gpt", folder, padded)
+    gpt = rebuild_config(GPTModelConfig, settings, "gpt", folder, padded)
     # A stranger's checkpoint must not decide that code which comes with a tokenizer is run here.
     own: dict[str, Any] = {"trust_remote_code": False}
     if tokenizer_model is not None:
         own["tokenizer_model"] = tokenizer_model
-    tokenizer = build_tokenizer(_rebuild(TokenizerConfig, settings, "tokenizer", folder, own))
+    tokenizer = build_tokenizer(rebuild_config(TokenizerConfig, settings, "tokenizer", folder, own))
     if gpt.max_position_embeddings is None:
         raise CheckpointError(f"{folder} does not say how long a sequence may be (gpt.max_position_embeddings).")
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def load_model(
     return LoadedModel(model.to(transformer.params_dtype).eval(), tokenizer, iteration)
 
 
-def _rebuild(kind: type[C], settings: dict[str, Any], group: str, folder: Path, changes: dict[str, Any]) -> C:
+def rebuild_config(kind: type[C], settings: dict[str, Any], group: str, folder: Path, changes: dict[str, Any]) -> C:
     """A configuration from its stored values; fields this version does not know are left out."""
     stored = settings.get(group)
     if not isinstance(stored, dict):

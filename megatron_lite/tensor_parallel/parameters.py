@@ -270,6 +270,16 @@ def _drawn(
     return full
 
 
+def stored_indices(parameter: Tensor) -> list[range]:
+    """For each dimension the indices of the logical tensor that this rank stores; any block of them is contiguous."""
+    found = []
+    for dim, length in enumerate(parameter.shape):
+        numbers = torch.arange(length, device="cpu").view([-1 if one == dim else 1 for one in range(parameter.ndim)])
+        mine = _shard_of(numbers, parameter, only=dim).flatten()
+        found.append(range(int(mine[0]), int(mine[-1]) + 1) if len(mine) else range(0))
+    return found
+
+
 def _stored_experts(parameter: Tensor) -> list[int]:
     """Global indices of the experts of which this rank stores (a part of) the tensor, in the order of its shard."""
     indices: list[int] = _shard_of(torch.arange(parameter.shape[0], device="cpu"), parameter, only=0).tolist()

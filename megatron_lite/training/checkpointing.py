@@ -19,6 +19,7 @@ from megatron_lite.checkpoint import (
     read_tracker,
     save_checkpoint,
 )
+from megatron_lite.checkpoint.huggingface import Architecture, disagreements, load_huggingface
 from megatron_lite.distributed import reshard_parameters
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
@@ -101,7 +102,7 @@ def load(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler | None,
 ) -> Progress:
-    """Continue from --load, else start from the weights of --pretrained-checkpoint, else from the initial weights.
+    """Continue from --load, else start from the weights of --pretrained-checkpoint or --load-hf, or from initial ones.
 
     With --moe-use-upcycling a checkpoint without experts is made one with experts (`upcycling`), and the run begins.
     A run that does not train has no scheduler. Settings that change what the weights or the position in the data mean
@@ -119,6 +120,9 @@ def load(
                 f"pretrained_checkpoint is {root!r}, but there is no checkpoint: name a folder that --save wrote to, "
                 "or leave it out to start from initial weights."
             )
+    if checkpoint.load_hf and (root is None or read_tracker(root) is None):
+        _load_huggingface(config, checkpoint.load_hf, model_chunks)
+        return Progress()
     if root is None:
         return Progress()
     if config.transformer.moe_use_upcycling:
@@ -144,11 +148,23 @@ def load(
     if state is not None:
         for line in changed_settings(config, state.config, finetune):
             print_rank_0(f"WARNING: {line}")
-    if state is None or finetune:
+    # A checkpoint that was imported holds weights alone, and no position.
+    if state is None or finetune or "progress" not in state.extra:
         return Progress()
     if scheduler is not None:
         scheduler.load_state_dict(state.extra["scheduler"])
     return Progress(**state.extra["progress"])
+
+
+def _load_huggingface(config: RunConfig, folder: str, model_chunks: list[nn.Module]) -> None:
+    """Fill the model from a Hugging Face folder, if they agree; now the size of the tokenizer's vocabulary is known."""
+    vocab_size = model_chunks[0].vocab_size
+    assert isinstance(vocab_size, int)
+    found = list(disagreements(folder, Architecture(config.transformer, config.gpt, vocab_size)))
+    if found:
+        raise ConfigError.from_violations(found)
+    load_huggingface(folder, model_chunks)
+    print_rank_0(f" loaded the weights of the Hugging Face model in {folder}")
 
 
 def _refuse_to_start_over(config: RunConfig, dense: str) -> None:

@@ -1,0 +1,23 @@
+"""Weights of the `transformers` package's models, to ours and back: one table for each family serves both ways."""
+
+from megatron_lite.checkpoint.huggingface.config_json import Architecture
+from megatron_lite.checkpoint.huggingface.loading import load_huggingface
+from megatron_lite.checkpoint.huggingface.settings import (
+    architecture_of,
+    config_of,
+    disagreements,
+    flags_of,
+    read_architecture,
+    read_config,
+)
+
+__all__ = [
+    "Architecture",
+    "architecture_of",
+    "config_of",
+    "disagreements",
+    "flags_of",
+    "load_huggingface",
+    "read_architecture",
+    "read_config",
+]
