@@ -12,19 +12,18 @@ from tests.e2e.commands import REPOSITORY, TINY, environment, pretrain, training
 pytestmark = pytest.mark.e2e
 NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
 
-# pretrain_gpt.py, in which `fault(iteration, rank, attempt)` happens before each iteration.
+# pretrain_gpt.py, in which `fault(run, iteration, rank, attempt)` happens before each iteration.
 BROKEN = """
 import os, runpy, signal, sys, time
-from megatron_lite.training import train, watchdog
+from megatron_lite.training import train
 
-watchdog.SHARE_OF_TIMEOUT = 3 / 60
 original = train.one_iteration
 
-def fault(iteration, rank, attempt):
+def fault(run, iteration, rank, attempt):
     {fault}
 
 def one_iteration(run):
-    fault(run.progress.iteration + 1, int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    fault(run, run.progress.iteration + 1, int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
     original(run)
 
 train.one_iteration = one_iteration
@@ -55,9 +54,12 @@ def test_a_rank_that_hangs_is_found_and_the_run_ends(tmp_path):
 
     Mutations: the store of training asked, which does not answer during a collective; only the first rank ends.
     """
-    fault = "time.sleep(1000 if (iteration, rank) == (3, 1) else 0)"
-    done = torchrun(tmp_path, fault, *TINY, "--train-iters", "6", "--tensor-model-parallel-size", "2",
-                    "--distributed-timeout-minutes", "1")  # fmt: skip
+    fault = """
+    if iteration == 3:
+        run.hooks[-1].timeout_s = 3  # of the watchdog; from the start, that would be short for a busy machine
+        time.sleep(1000 * rank)
+"""
+    done = torchrun(tmp_path, fault, *TINY, "--train-iters", "6", "--tensor-model-parallel-size", "2")
     assert done.returncode != 0
     assert "THE RUN HANGS: a rank has not moved for 3 s. Where the ranks are:" in done.stdout, done.stdout[-5000:]
     waiting = re.search(r"^  rank 0: (.*)$", done.stdout, re.MULTILINE)
