@@ -47,6 +47,11 @@ class BackgroundSaver:
         """Whether there is a save whose end nobody has asked for."""
         return self._pending is not None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a save is still being written on this rank."""
+        return self._pending is not None and not self._pending.done()
+
     def poll(self) -> None:
         """Return at once. Raises what a save that has ended raised.
 
