@@ -4,9 +4,9 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m benchmarks.checkpo
 
 A GPT with Adam's state is saved and loaded in turns with plain copies of the files, all of them synced to the disk. The
 pages that were written stay in the system's cache, so reading measures the program and not the disk. Between the start
-of a save in the background and its end the model is trained, as a run would. The first round, in which memory comes from
-the system, does not count; of the others the median does. Further flags are pretrain_gpt.py's and change the model and
-the layout.
+of a save in the background and its end the model is trained, as a run would. The first round, in which memory comes
+from the system, does not count; of the others the median does. Further flags are pretrain_gpt.py's and change the
+model and the layout.
 """
 
 import argparse
