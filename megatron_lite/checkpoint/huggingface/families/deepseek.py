@@ -73,9 +73,11 @@ _ONLY = {
 def _read_both(config: ConfigJson) -> dict[str, Any]:
     layers, dense = config.integer("num_hidden_layers"), config.get("first_k_dense_replace", 0)
     shared = config.get("n_shared_experts")
+    positions = read_positions(config)
     return {
-        **read_positions(config),
-        "rope_type": "rope",
+        **positions,
+        # In latent attention the default is YaRN.
+        "rope_type": None if positions["position_embedding_type"] == "yarn" else "rope",
         "moe_layer_freq": [int(number >= dense) for number in range(layers)],
         "moe_shared_expert_intermediate_size": shared and shared * config.integer("moe_intermediate_size"),
     }
