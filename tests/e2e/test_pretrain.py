@@ -47,7 +47,7 @@ def test_four_ranks_equal_one_process(tmp_path):
 def test_killed_runs_resume_bit_for_bit(tmp_path, request, how):
     """SIGKILLs at random moments, saves included; with dropout, so that every random stream has to continue.
 
-    Five each by default; --kills N for more. No checkpoint is lost that was announced as saved. Mutations: a load that
+    Two each by default; --kills N for more. No checkpoint is lost that was announced as saved. Mutations: a load that
     does not restore the random number streams changes the losses after it; a save announced before it is durable.
     """
     kills = request.config.getoption("--kills")
