@@ -25,20 +25,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.contenders import model_chunks
+from benchmarks.contenders import model_chunks, step_of
 from benchmarks.measure import DEFAULTS, synthetic_batches
 from benchmarks.pipeline import write
 from benchmarks.report import environment
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.checkpoint import BackgroundSaver, load_checkpoint, save_checkpoint
-from megatron_lite.checkpoint.agreement import from_rank_zero
+from megatron_lite.checkpoint.agreement import from_rank_zero, gathered
 from megatron_lite.checkpoint.checksums import checksums_of
 from megatron_lite.errors import ConfigError, exit_with
 from megatron_lite.optimizer import get_megatron_optimizer
 from megatron_lite.pipeline_parallel import get_forward_backward_func
 from megatron_lite.training.initialize import initialize_parallel_groups, training_device
-from megatron_lite.training.step import train_step
 
 MODEL = (
     *("--num-layers", "8", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length", "128"),
@@ -94,19 +93,8 @@ def measure(config: RunConfig, folder: Path, rounds: int) -> tuple[int, dict[str
     model = model_chunks(config, device)
     optimizer = get_megatron_optimizer(config.optimizer, model)
     batch = synthetic_batches(config, device)[0]
-    forward_backward = get_forward_backward_func(config.transformer)
+    step = step_of(config, model, optimizer, get_forward_backward_func(config.transformer))
     saver = BackgroundSaver()
-
-    def step() -> None:
-        train_step(
-            model,
-            optimizer,
-            batch,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            forward_backward_func=forward_backward,
-        )
 
     def save(background: BackgroundSaver | None = None) -> Path:
         return save_checkpoint(folder, 1, model, optimizer, extra={}, config_dict={}, background=background)
@@ -119,12 +107,12 @@ def measure(config: RunConfig, folder: Path, rounds: int) -> tuple[int, dict[str
         begin = time.perf_counter()
         save(saver)
         waited = time.perf_counter() - begin
-        while any(everywhere(saver.is_running)):
-            step()
-        saver.finish()
-        return max(everywhere(waited)), max(everywhere(time.perf_counter() - begin))
+        while any(gathered(saver.is_busy)):
+            step(batch)
+            saver.poll()
+        return max(gathered(waited)), max(gathered(time.perf_counter() - begin))
 
-    step()
+    step(batch)
     saved = save()
     total = sum(path.stat().st_size for path in saved.iterdir())
     found: dict[str, list[float]] = {row: [] for row in ROWS}
@@ -146,13 +134,6 @@ def measure(config: RunConfig, folder: Path, rounds: int) -> tuple[int, dict[str
     saver.close()
     parallel_state.destroy_model_parallel()
     return total, {row: measured[1:] for row, measured in found.items()}
-
-
-def everywhere(value: Any) -> list[Any]:
-    """What every rank gives."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def page(result: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ from benchmarks.peers import plain_gpt
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.optimizer import get_megatron_optimizer
+from megatron_lite.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron_lite.pipeline_parallel import ForwardBackward, get_forward_backward_func
 from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.training.batches import MicroBatch
 from megatron_lite.training.setup import build_model
@@ -23,8 +24,15 @@ Step = Callable[[list[MicroBatch]], Tensor]
 
 def build_megatron_lite(config: RunConfig, device: torch.device) -> Step:
     """This framework on one rank, through the functions that pretrain_gpt.py uses."""
-    (model,) = model_chunks(config, device, config.training.compile)
+    model = model_chunks(config, device, config.training.compile)
     optimizer = get_megatron_optimizer(config.optimizer, model)
+    return step_of(config, model, optimizer, get_forward_backward_func(config.transformer))
+
+
+def step_of(
+    config: RunConfig, model: list[nn.Module], optimizer: MegatronOptimizer, forward_backward: ForwardBackward
+) -> Step:
+    """The training step of this rank, in the global groups."""
 
     def step(micro_batches: list[MicroBatch]) -> Tensor:
         return train_step(
@@ -33,7 +41,9 @@ def build_megatron_lite(config: RunConfig, device: torch.device) -> Step:
             micro_batches,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
             per_token_loss=config.transformer.calculate_per_token_loss,
+            forward_backward_func=forward_backward,
         ).loss
 
     return step

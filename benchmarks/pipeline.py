@@ -25,11 +25,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks.contenders import model_chunks
+from benchmarks.contenders import model_chunks, step_of
 from benchmarks.measure import DEFAULTS, synthetic_batches
 from benchmarks.report import environment
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
+from megatron_lite.checkpoint.agreement import gathered
 from megatron_lite.dry_run_memory import micro_batches
 from megatron_lite.errors import ConfigError, exit_with
 from megatron_lite.optimizer import get_megatron_optimizer
@@ -40,7 +41,6 @@ from megatron_lite.pipeline_parallel.orders import pipeline_order
 from megatron_lite.pipeline_parallel.pipelined import _Stage
 from megatron_lite.pipeline_parallel.timeline import pipeline_timeline, timeline_of
 from megatron_lite.training.initialize import initialize_parallel_groups, training_device
-from megatron_lite.training.step import train_step
 
 MODEL = (
     *("--num-layers", "8", "--hidden-size", "256", "--num-attention-heads", "8", "--seq-length", "256"),
@@ -130,21 +130,12 @@ def measure_steps(config: RunConfig, warmup: int, steps: int) -> list[Step]:
             begin = time.perf_counter()
             forward_backward(*arguments, **options)
             end = time.perf_counter()
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, (begin, end, actions))  # one machine, one clock
-        begins, ends, lists = zip(*of_ranks, strict=True)
+        begins, ends, lists = zip(*gathered((begin, end, actions)), strict=True)  # one machine, one clock
         measured.append(Step(max(ends) - min(begins), [action for actions in lists for action in actions]))
 
+    step = step_of(config, model, optimizer, timed_forward_backward)
     for _ in range(warmup + steps):
-        train_step(
-            model,
-            optimizer,
-            batch,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            forward_backward_func=timed_forward_backward,
-        )
+        step(batch)
     parallel_state.destroy_model_parallel()
     return measured[warmup:]
 

@@ -1,8 +1,9 @@
 """Saving while training goes on: the state is copied to host memory, and a thread writes the copy.
 
-    saver.start(...)   waits for the save before, if it is still under way; then copies, and returns
-    saver.poll()       between steps: has it finished, and how?
-    saver.finish()     at the end: waits
+    tensors = to_host(tensors)     training waits for this alone
+    saver.start(write)             the save before is finished by then
+    saver.poll()                   between steps: has it finished, and how?
+    saver.finish()                 before the next save and at the end: waits
 
 All ranks call the same in the same order. The thread has a process group of its own, so its messages do not meet those
 of training. That a checkpoint is complete is agreed among the ranks in the thread, before any of them says so.
@@ -46,11 +47,6 @@ class BackgroundSaver:
     def is_busy(self) -> bool:
         """Whether there is a save whose end nobody has asked for."""
         return self._pending is not None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a save is still being written on this rank."""
-        return self._pending is not None and not self._pending.done()
 
     def poll(self) -> None:
         """Return at once. Raises what a save that has ended raised.

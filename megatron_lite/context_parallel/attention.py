@@ -119,7 +119,7 @@ class ContextParallelism:
             operator = gathered_attention if self.comm_type == "all_gather" else ring_attention
             plan = self.plan(length, packed, causal)
             sinks = query.new_empty(0) if sinks is None else sinks
-            out = operator(query, key, value, sinks, plan, scale, backend, window, self.keys_group)
+            out = operator(query, key, value, sinks, plan, scale, backend, window, group=self.keys_group)
         return gather_heads(out, order, self.heads_group)
 
 

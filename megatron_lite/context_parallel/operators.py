@@ -5,6 +5,7 @@ of another shape do not compile it again.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from megatron_lite.context_parallel.ring import ring_backward, ring_forward
 from megatron_lite.process_groups import group_size
 
 
-def _operator(name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backward_: Callable[..., tuple[Tensor, ...]]):  # type: ignore[no-untyped-def]
-    """The operator megatron_lite::`name` of a pair of functions of this package, with its gradient."""
+def _operator(
+    name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backward_: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Tensor]:
+    """A pair of functions of this package as the operator megatron_lite::`name`, with its gradient."""
 
     @torch.library.custom_op(f"megatron_lite::{name}", mutates_args=())
     def forward(
@@ -73,43 +76,17 @@ def _operator(name: str, forward_: Callable[..., tuple[Tensor, Tensor]], backwar
         return *grads, grad_sinks if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
     forward.register_autograd(differentiate, setup_context=save)
-    return forward
+
+    def attend(*tensors_and_settings: Any, group: ProcessGroup | None) -> Tensor:
+        return forward(*tensors_and_settings, _name(group))[0]
+
+    return attend
 
 
-_ring = _operator("ring_attention", ring_forward, ring_backward)
-_gathered = _operator("gathered_attention", gathered_forward, gathered_backward)
-
-
-def ring_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    plan: Tensor,
-    scale: float,
-    backend: str,
-    window: int,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """`ring.ring_forward` with its gradient; the plan as a tensor (blocks.as_tensor). Output [s, b, n, d]."""
-    out: Tensor = _ring(query, key, value, sinks, plan, scale, backend, window, _name(group))[0]
-    return out
-
-
-def gathered_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    plan: Tensor,
-    scale: float,
-    backend: str,
-    window: int,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """`all_gather.gathered_forward` with its gradient; the plan as a tensor. Output [s, b, n, d]."""
-    out: Tensor = _gathered(query, key, value, sinks, plan, scale, backend, window, _name(group))[0]
-    return out
+# (query, key, value, sinks, plan, scale, backend, window, group=...) -> [s, b, n, d], all as in ring.ring_forward, but
+# the plan is a tensor (blocks.as_tensor).
+ring_attention = _operator("ring_attention", ring_forward, ring_backward)
+gathered_attention = _operator("gathered_attention", gathered_forward, gathered_backward)
 
 
 def _name(group: ProcessGroup | None) -> str:
