@@ -282,8 +282,7 @@ def stored_indices(parameter: Tensor) -> list[range]:
 
 def _stored_experts(parameter: Tensor) -> list[int]:
     """Global indices of the experts of which this rank stores (a part of) the tensor, in the order of its shard."""
-    indices: list[int] = _shard_of(torch.arange(parameter.shape[0], device="cpu"), parameter, only=0).tolist()
-    return indices
+    return list(stored_indices(parameter)[0])
 
 
 def _shard_of_expert(full: Tensor, parameter: Tensor) -> Tensor:
