@@ -31,11 +31,15 @@ def pretrain(config: RunConfig) -> None:
     from megatron_lite.training import setup
     from megatron_lite.training.checkpointing import load
     from megatron_lite.training.initialize import announce, distributed_environment
+    from megatron_lite.training.rerun import config_to_rerun, rerun
     from megatron_lite.training.train import evaluate_at_end, finish, train
     from megatron_lite.training.watchdog import watch
 
     with distributed_environment(config) as device:
         watchdog = watch(config)
+        folder = config.checkpoint.save or "."
+        if config.training.rerun_iteration is not None:
+            config = config_to_rerun(config)
         announce(config, device)
         tokenizer = build_tokenizer(config.tokenizer)
         model_chunks = setup.model_of(config, tokenizer, device)
@@ -44,6 +48,9 @@ def pretrain(config: RunConfig) -> None:
         progress = load(config, model_chunks, optimizer, scheduler)
         run = setup.assemble(config, device, tokenizer, model_chunks, optimizer, scheduler, progress, watchdog)
         try:
+            if config.training.rerun_iteration is not None:
+                rerun(run, folder)
+                return
             stopped_early = not config.validation.skip_train and train(run)
             if not stopped_early:
                 evaluate_at_end(run)

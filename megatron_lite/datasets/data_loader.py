@@ -2,7 +2,7 @@
 
 import functools
 import signal
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ def build_pretraining_data_loader(
     data_parallel_size: int = 1,
     dataloader_type: str = "single",
     num_workers: int = 0,
-    exit_signal: signal.Signals | None = None,
+    exit_signals: Sequence[signal.Signals] = (),
 ) -> torch.utils.data.DataLoader[Any] | None:
     """A loader of micro-batches that begins after `consumed_samples` samples of the whole run.
 
@@ -37,7 +37,7 @@ def build_pretraining_data_loader(
         data_parallel_size: number of such ranks.
         dataloader_type: "single" reads the dataset in order and ends with it, "cyclic" in random orders without end.
         num_workers: processes that prepare batches; 0 prepares them in this one.
-        exit_signal: a signal the training process answers by saving; the workers leave it to that process.
+        exit_signals: those the training process answers by saving; the workers leave them to that process.
 
     Raises:
         ConfigError: another `dataloader_type`, or nothing left to read.
@@ -62,12 +62,11 @@ def build_pretraining_data_loader(
         # The seed of the workers, which draw nothing. Without a generator of its own the loader would take it from the
         # training's stream, and a resumed run, which makes a new loader, would differ from an uninterrupted one.
         generator=torch.Generator(),
-        worker_init_fn=functools.partial(_leave_signals_to_trainer, exit_signal) if num_workers > 0 else None,
+        worker_init_fn=functools.partial(_leave_signals_to_trainer, exit_signals) if num_workers > 0 else None,
     )
 
 
-def _leave_signals_to_trainer(exit_signal: signal.Signals | None, worker_id: int) -> None:
+def _leave_signals_to_trainer(exit_signals: Sequence[signal.Signals], worker_id: int) -> None:
     """A signal sent to the whole job must not end the workers before the training process has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if exit_signal is not None:
-        signal.signal(exit_signal, signal.SIG_IGN)
+    for one in (signal.SIGINT, *exit_signals):
+        signal.signal(one, signal.SIG_IGN)

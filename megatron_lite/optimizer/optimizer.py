@@ -117,9 +117,8 @@ class MegatronOptimizer:
 
         Collectives: one all-reduce of the norm over the world; all ranks take the same decision.
         """
-        gradients = {n: local(p.grad) for n, p in self.named_parameters.items() if p.grad is not None}
-        counted = [gradient for name, gradient in gradients.items() if name in self._counted]
-        norm, num_zeros = global_grad_statistics(counted, self.device, self.config.log_num_zeros_in_grad)
+        gradients = self._gradients()
+        norm, num_zeros = self._grad_statistics(gradients)
         found_inf = torch.logical_not(torch.isfinite(norm)).float()
         norm = norm / self.get_loss_scale()
         divisor = self._gradient_divisor(norm)
@@ -128,6 +127,19 @@ class MegatronOptimizer:
         if self.grad_scaler is not None:
             self.grad_scaler.update(found_inf)
         return StepResult(norm, found_inf, num_zeros)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Global L2 norm of the unscaled gradients, a float64 scalar on the device. Collective over the world."""
+        return self._grad_statistics(self._gradients())[0] / self.get_loss_scale()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {n: local(p.grad) for n, p in self.named_parameters.items() if p.grad is not None}
+
+    def _grad_statistics(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(norm of the scaled gradients, number of zeros if asked for), over all ranks."""
+        counted = [gradient for name, gradient in gradients.items() if name in self._counted]
+        return global_grad_statistics(counted, self.device, self.config.log_num_zeros_in_grad)
 
     @torch.no_grad()
     def params_norm(self) -> Tensor:

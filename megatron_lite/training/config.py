@@ -42,7 +42,12 @@ class TrainingConfig(Validated):
     exit_interval: int | None = knob(None, "Save and exit when the iteration is a multiple of this.")
     exit_duration_in_mins: int | None = knob(None, "Save and exit after this many minutes.")
     exit_signal_handler: bool = knob(False, "Save and exit when any rank receives --exit-signal.")
-    exit_signal: str = knob("SIGTERM", "The signal that --exit-signal-handler waits for.", choices=EXIT_SIGNALS)
+    exit_signal: list[str] = knob(
+        ["SIGTERM", "SIGUSR1"],
+        "The signals that --exit-signal-handler waits for.",
+        choices=EXIT_SIGNALS,
+        metavar="SIGNAL",
+    )
     check_for_nan_in_loss_and_grad: bool = knob(True, "Stop when a loss or gradient norm is NaN or infinite.")
     on_nan: str = knob(
         "stop",
@@ -55,6 +60,12 @@ class TrainingConfig(Validated):
     manual_gc_interval: int = knob(0, "Iterations between collections under --manual-gc; 0 collects at eval only.")
     manual_gc_eval: bool = knob(True, "Collect garbage around evaluation under --manual-gc.")
     iterations_to_skip: list[int] = knob([], "Iterations whose data are read but not trained on.", metavar="N")
+    rerun_iteration: int | None = knob(
+        None,
+        "For diagnosis: go from the last checkpoint of --load before this iteration up to it, compute it twice without "
+        "its update, write down what each module saw, and end.",
+        metavar="N",
+    )
     compile: bool = knob(False, "Compile each transformer layer with torch.compile.")
 
     def violations(self) -> list[str]:
@@ -68,6 +79,7 @@ class TrainingConfig(Validated):
             "train_samples",
             "exit_interval",
             "exit_duration_in_mins",
+            "rerun_iteration",
         )
         if min(self.iterations_to_skip, default=1) < 1:
             found.append(

@@ -199,7 +199,8 @@ def data_streams(
         config.rng.seed,
     )
     consumed = (progress.consumed_train_samples, progress.consumed_valid_samples, 0)
-    exit_signal = signal.Signals[config.training.exit_signal] if config.training.exit_signal_handler else None
+    training = config.training
+    exit_signals = [signal.Signals[name] for name in training.exit_signal] if training.exit_signal_handler else []
     cp_group = parallel_state.get_context_parallel_group()
     padding = config.padded_sequence_length - config.sequence_length
     names, depths = names_read(model_chunks), config.transformer.mtp_num_layers or 0
@@ -215,7 +216,7 @@ def data_streams(
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             dataloader_type=config.data.dataloader_type or "single",
             num_workers=config.data.num_workers,
-            exit_signal=exit_signal,
+            exit_signals=exit_signals,
         )
         stream = None if loader is None else MicroBatchStream(loader, device, cp_group, padding, names, further)
         streams.append(stream)

@@ -159,7 +159,7 @@ def train_step(
     result = optimizer.step()
     # As in Megatron-LM also after a step that was skipped: the tokens went where they were counted all the same.
     update_expert_bias(model_chunks, _all_token_ranks() if tp_dp_cp_group is None else tp_dp_cp_group)
-    losses, total_tokens = _shared(*loss_and_tokens, dp_cp_group, pp_group)
+    losses, total_tokens = losses_of_all(*loss_and_tokens, dp_cp_group, pp_group)
     means = losses / total_tokens
     return StepOutput(means[0], means[1:], result.grad_norm, result.found_inf, result.num_zeros, loss_scale)
 
@@ -203,10 +203,10 @@ def forward_backward(
     return sums, total_tokens
 
 
-def _shared(
+def losses_of_all(
     losses: Tensor, total_tokens: Tensor, dp_cp_group: dist.ProcessGroup | None, pp_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """The summed losses of all ranks and the tokens, known to the whole pipeline."""
+    """What `forward_backward` returns, of all ranks together and known to the whole pipeline."""
     sum_over(losses, dp_cp_group)
     both = torch.stack([losses, total_tokens])
     sum_over(both, pp_group)

@@ -21,25 +21,24 @@ class StopVote:
     def __init__(self, config: TrainingConfig) -> None:
         """Prepare the vote; it costs nothing unless a signal handler or a time limit is asked for."""
         self.config = config
-        self._signal = getattr(signal, config.exit_signal) if config.exit_signal_handler else None
-        self._received = False
+        self._signals = [signal.Signals[name] for name in config.exit_signal] if config.exit_signal_handler else []
+        self._received: set[int] = set()
         self._start = time.monotonic()
-        self._previous_handler: signal._HANDLER = signal.SIG_DFL
-        self._voting = self._signal is not None or config.exit_duration_in_mins is not None
+        self._previous_handlers: list[signal._HANDLER] = []
+        self._voting = bool(self._signals) or config.exit_duration_in_mins is not None
         self._group = dist.new_group(backend="gloo") if self._voting and dist.get_world_size() > 1 else None
 
     def __enter__(self) -> "StopVote":
-        if self._signal is not None:
-            self._previous_handler = signal.signal(self._signal, self._remember)
+        self._previous_handlers = [signal.signal(one, self._remember) for one in self._signals]
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._signal is not None:
-            signal.signal(self._signal, self._previous_handler)
+        for one, handler in zip(self._signals, self._previous_handlers, strict=True):
+            signal.signal(one, handler)
         self._group = None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        self._received.add(number)
 
     def reason(self, iteration: int) -> str | None:
         """Why training stops after `iteration`, in Megatron's words, or None to go on. A collective over all ranks."""
@@ -47,9 +46,10 @@ class StopVote:
         if self._voting:
             minutes = (time.monotonic() - self._start) / 60.0
             limit = config.exit_duration_in_mins
-            signalled, out_of_time = self._vote(self._received, limit is not None and minutes > limit)
-            if signalled:
-                return f"exiting program after receiving {config.exit_signal}."
+            came = [one in self._received for one in self._signals]
+            out_of_time, *received = self._vote(limit is not None and minutes > limit, *came)
+            if any(received):
+                return f"exiting program after receiving {self._signals[received.index(True)].name}."
             if out_of_time:
                 return f"exiting program after {minutes:.1f} minutes"
         if config.exit_interval and iteration % config.exit_interval == 0:

@@ -104,6 +104,56 @@ def test_saving_in_the_background_changes_nothing(tmp_path):
     assert resumed == sync[4:]
 
 
+EVERYTHING = [
+    *("--num-layers", "4", "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32"),
+    *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias", "--moe-aux-loss-coeff", "0.01"),
+    *("--moe-token-dispatcher-type", "alltoall", "--disable-bias-linear", "--position-embedding-type", "rope"),
+    *("--fp16", "--initial-loss-scale", "1048576", "--loss-scale-window", "2", "--hysteresis", "1"),
+    *("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--rampup-batch-size", "4", "4", "16"),
+    *("--train-samples", "72", "--lr-warmup-samples", "20", "--lr-decay-style", "cosine"),
+]
+AXES = {
+    "tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "context": ["--context-parallel-size", "2", "--cp-comm-type", "a2a"],
+    "pipeline": ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+    "expert": ["--expert-model-parallel-size", "2"],
+    "expert tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "2"],
+    "data": ["--use-distributed-optimizer"],
+    "shards": ["--data-parallel-sharding-strategy", "optim_grads_params"],
+}
+
+
+@pytest.mark.parametrize("axis", ["all", *AXES])
+def test_every_axis_resumes_bit_for_bit(tmp_path, request, axis):
+    """Half-precision with a moving loss scale, dropout, a growing batch, experts with a bias: after a resume every
+    number is that of the uninterrupted run, and an iteration repeated for diagnosis gives its numbers too.
+
+    By default on all axes at once, on eight ranks; each alone, on two, with --full-matrix. Mutations: loss scale or its
+    count of good steps not saved; expert bias not saved; random streams of the first rank on all.
+    """
+    if axis != "all" and not request.config.getoption("--full-matrix"):
+        pytest.skip("runs with --full-matrix; by default all axes are mixed")
+    ranks, layout = 2, AXES.get(axis, [])
+    if axis == "all":
+        ranks, layout = 8, [*AXES["expert tensor"], *AXES["context"], *AXES["pipeline"], *AXES["expert"]]
+        layout += AXES["shards"]
+    arguments = [*TINY, *EVERYTHING, *layout]
+    saving = ["--save", str(tmp_path / "ckpt"), "--save-interval", "5"]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("whole", "resumed")}
+    pretrain(ranks, *arguments, *saving, "--metrics-jsonl", str(files["whole"]))
+    loading = ["--load", str(tmp_path / "ckpt"), "--ckpt-step", "5", "--save-interval", "100"]
+    pretrain(ranks, *arguments, *loading, "--metrics-jsonl", str(files["resumed"]))
+    whole, resumed = (training_metrics(path, *NUMBERS, "loss_scale", "skipped") for path in files.values())
+    assert resumed == whole[5:]
+    assert len({numbers[-2] for numbers in whole[5:]}) > 1, "the loss scale does not move after the resume"
+    assert _validation(files["resumed"]) == _validation(files["whole"])
+
+    output = pretrain(ranks, *arguments, *loading[:2], *saving, "--rerun-iteration", "8")
+    assert "the passes agree bit for bit" in output
+    assert f"pass 1: lm loss {whole[7][1]}, grad norm {whole[7][2]}\n" in output
+    assert len(list((tmp_path / "ckpt").glob("rerun_0000008_rank*.json"))) == ranks
+
+
 def test_resume_at_another_layout(tmp_path):
     """Ten iterations at TP 2, ten more at DP 2: the losses of an uninterrupted run on one process, in float64.
 
@@ -181,16 +231,17 @@ def test_documents_over_context_parallel_ranks(tmp_path, flags):
     assert unmasked[0][1] != pytest.approx(one[0][1], rel=1e-6), "the masks change nothing in these data"
 
 
-def test_sigterm_saves_and_exits(tmp_path):
-    """A signal to one rank of two: both finish their step, save, and leave with code 0.
+@pytest.mark.parametrize("sent", ["TERM", "USR1"])
+def test_signals_save_and_exit(tmp_path, sent):
+    """To one rank of two, or to torchrun, which hands it on: both ranks finish their step, save, and leave.
 
     Mutation: a vote without its all-reduce leaves the other rank in a collective of the next step.
     """
-    command = pretrain_command(
-        2,
-        [*TINY, "--train-iters", "100000", "--tensor-model-parallel-size", "2", "--exit-signal-handler"]
-        + ["--save", str(tmp_path / "ckpt"), "--save-interval", "100000"],
-    )
+    arguments = [*TINY, "--train-iters", "100000", "--tensor-model-parallel-size", "2", "--exit-signal-handler"]
+    command = pretrain_command(2, [*arguments, "--save", str(tmp_path / "ckpt"), "--save-interval", "100000"])
+    to_torchrun = sent == "USR1"
+    if to_torchrun:
+        command.insert(command.index("--standalone"), "--signals-to-handle=SIGTERM,SIGUSR1")
     with subprocess.Popen(
         command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -200,9 +251,10 @@ def test_sigterm_saves_and_exits(tmp_path):
             lines.append(line)
             if "iteration        3/" in line:
                 workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-                subprocess.run(["kill", "-TERM", workers.stdout.split()[0]], check=True)
-        assert process.wait(timeout=60) == 0, "".join(lines)[-3000:]
-    assert any("exiting program after receiving SIGTERM" in line for line in lines)
+                target = str(process.pid) if to_torchrun else workers.stdout.split()[0]
+                subprocess.run(["kill", f"-{sent}", target], check=True)
+        assert (process.wait(timeout=60) == 0) != to_torchrun, "".join(lines)[-3000:]
+    assert any(f"exiting program after receiving SIG{sent}" in line for line in lines)
     tracker = int((tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= tracker < 100000
 
