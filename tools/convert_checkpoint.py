@@ -1,6 +1,7 @@
-"""Convert between folders of Hugging Face's transformers and checkpoints of megatron_lite, in one process.
+"""Convert folders of Hugging Face's transformers, and Megatron-LM's, to checkpoints of megatron_lite and back.
 
 python tools/convert_checkpoint.py --from hf --to megatron_lite --load FOLDER --save checkpoints
+python tools/convert_checkpoint.py --from megatron --to megatron_lite --load FOLDER --save checkpoints
 python tools/convert_checkpoint.py --from megatron_lite --to hf --load checkpoints --save FOLDER
 
 What is imported continues with --pretrained-checkpoint, or is read by tools/generate.py. What is exported is read by
@@ -23,25 +24,34 @@ from megatron_lite.checkpoint.huggingface.exporting import LARGEST_FILE, export_
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.importing import import_checkpoint, settings_to_import
 from megatron_lite.checkpoint.huggingface.tokenizer_files import copy_tokenizer, special_tokens
+from megatron_lite.checkpoint.megatron import (
+    MegatronCheckpoint,
+    can_continue,
+    find_megatron,
+    import_megatron,
+    settings_of,
+    tokenizer_of,
+)
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.load_model import rebuild_config
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.tokenizers import TokenizerConfig, build_tokenizer
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
-FORMATS = ("hf", "megatron_lite")
+SOURCES = ("hf", "megatron", "megatron_lite")
+TARGETS = ("hf", "megatron_lite")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, choices=FORMATS, help="What --load holds.")
-    parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="What to write to --save.")
+    parser.add_argument("--from", dest="source", required=True, choices=SOURCES, help="What --load holds.")
+    parser.add_argument("--to", dest="target", required=True, choices=TARGETS, help="What to write to --save.")
     parser.add_argument("--load", required=True, metavar="FOLDER", help="Folder to read.")
     parser.add_argument("--save", required=True, metavar="FOLDER", help="Folder to write.")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="Iteration to read instead of the latest one.")
     group = parser.add_argument_group("to hf")
-    group.add_argument("--ckpt-step", type=int, metavar="N", help="Iteration to export instead of the latest one.")
     group.add_argument("--dtype", choices=DTYPES, help="Of the weights; default what the model computes with.")
     group.add_argument("--model-type", choices=FAMILIES, help="Default the first type that can express the model.")
     group.add_argument("--tokenizer-model", metavar="FOLDER", help="Where the tokenizer is now, if it has moved.")
@@ -57,10 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.source == arguments.target:
             raise ConfigError(f"--from and --to are both {arguments.source}, but must differ: write the other in one.")
-        if arguments.target == "hf":
+        if arguments.target == "megatron_lite" and read_tracker(arguments.save) is not None:
+            raise ConfigError(
+                f"--save is {arguments.save!r}, where there is a checkpoint already: name another folder."
+            )
+        if arguments.source == "hf":
+            from_huggingface(arguments.load, arguments.save)
+        elif arguments.target == "megatron_lite":
+            from_megatron(arguments.load, arguments.save, arguments.ckpt_step)
+        elif arguments.source == "megatron_lite":
             to_huggingface(arguments)
         else:
-            from_huggingface(arguments.load, arguments.save)
+            raise ConfigError("--from is megatron and --to is hf: convert to megatron_lite first, then that to hf.")
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def from_huggingface(folder: str, root: str) -> None:
-    """Import a folder, with its tokenizer."""
-    if read_tracker(root) is not None:
-        raise ConfigError(f"--save is {root!r}, where there is a checkpoint already: name another folder.")
+    """Import a folder of Hugging Face's, with its tokenizer."""
     settings = settings_to_import(folder)
     model = architecture_of(settings)
     tokenizer = Path(root) / "tokenizer"
@@ -78,11 +94,27 @@ def from_huggingface(folder: str, root: str) -> None:
         named = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tokenizer.resolve()))
     else:
         named = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=model.vocab_size)
-    groups = RunConfig(transformer=model.transformer, gpt=model.gpt, tokenizer=named).to_dict()
-    config_dict = {name: groups[name] for name in ("transformer", "gpt", "tokenizer")}
     with tqdm(unit=" tensors", desc="importing") as bar:
-        written = import_checkpoint(folder, root, model, config_dict, lambda name: _show(bar, name))
+        written = import_checkpoint(folder, root, model, settings_to_store(model, named), lambda name: _show(bar, name))
     print(f"wrote {written}")
+
+
+def from_megatron(root: str, save: str, step: int | None) -> None:
+    """Import a checkpoint of Megatron-LM's; its tokenizer stays where it is."""
+    theirs = MegatronCheckpoint(find_megatron(root, step))
+    model = architecture_of(settings_of(theirs))
+    assert model.vocab_size is not None, "checkpoints have embeddings"
+    stored = settings_to_store(model, tokenizer_of(theirs, model.vocab_size))
+    with tqdm(unit=" tensors", desc="importing") as bar:
+        written = import_megatron(theirs, save, model, stored, lambda name: _show(bar, name))
+    what = "the run at" if can_continue(theirs) else "the weights of"
+    print(f"wrote {written}, {what} iteration {theirs.iteration}, with a vocabulary of {model.vocab_size}")
+
+
+def settings_to_store(model: Architecture, tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """What an imported checkpoint says of its model and tokenizer."""
+    groups = RunConfig(transformer=model.transformer, gpt=model.gpt, tokenizer=tokenizer).to_dict()
+    return {name: groups[name] for name in ("transformer", "gpt", "tokenizer")}
 
 
 def to_huggingface(arguments: argparse.Namespace) -> None:

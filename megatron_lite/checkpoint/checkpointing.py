@@ -137,7 +137,7 @@ def save_checkpoint(
     with _discarding(root, iteration):
         folder = Path(from_rank_zero(what, lambda: str(folders.open_temporary_folder(root, iteration))))
         tensors = agreed(what, lambda: _tensors_to_save(chunks, optimizer, save_rng))
-        common = agreed(what, lambda: _common(iteration, chunks[0], extra, config_dict))
+        common = agreed(what, lambda: _common(iteration, current_layout(chunks[0]), extra, config_dict))
         if background is not None:
             tensors = agreed(what, lambda: to_host(tensors))
     if background is None:
@@ -239,7 +239,7 @@ def _load_one(
     reader = agreed(f"Reading {folder}", lambda: SafeFileSystemReader(folder))
     with_optimizer = optimizer is not None and load_optimizer and not finetune
     tensors = _tensors_to_load(chunks, optimizer if with_optimizer else None, reader, folder)
-    changes = describe_changes(common["layout"], current_layout(chunks[0]))
+    changes = describe_changes(common["layout"], current_layout(chunks[0])) if common["layout"] else ""
     rng: dict[str, Tensor] = {}
     if load_rng and not finetune and not changes:
         rng = agreed(f"Reading {folder}", lambda: _rng_to_load(reader, folder))
@@ -312,14 +312,16 @@ def _optimizer_tensors(optimizer: StatefulOptimizer) -> dict[str, Tensor]:
     return state
 
 
-def _common(iteration: int, chunk: nn.Module, extra: Mapping[str, Any], config_dict: Mapping[str, Any]) -> str:
-    """The content of `common.json`, put together before training goes on and changes it."""
+def _common(
+    iteration: int, layout: Mapping[str, int | str], extra: Mapping[str, Any], config_dict: Mapping[str, Any]
+) -> str:
+    """The content of `common.json`, put together before training goes on and changes it; an import has no layout."""
     common = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "iteration": iteration,
         "torch_version": str(torch.__version__),
-        "layout": current_layout(chunk),
+        "layout": dict(layout),
         "extra": dict(extra),
         "config": dict(config_dict),
     }

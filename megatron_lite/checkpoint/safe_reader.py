@@ -6,11 +6,8 @@ notation for data: only the names that DCP writes are known, none of them is loo
 inert record, and the metadata is then built from the records, every field checked.
 """
 
-import io
 import math
 import os
-import pickle
-import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from megatron_lite.checkpoint.inert_pickle import Record, read_inert
 
 METADATA = ".metadata"
 _RECORDS = {
@@ -44,42 +42,6 @@ _RECORDS = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
 }
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-}
-
-
-class _Record:
-    """What any object of the file becomes: its arguments and its state, and no behaviour."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _DataUnpickler(pickle.Unpickler):
-    """Knows the names that DCP writes and nothing else."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.records: dict[str, type[_Record]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) not in _RECORDS:
-            raise CheckpointError(
-                f"it names {module}.{name}, which no checkpoint of tensors needs. The file may be made to run code "
-                "on the machine that opens it; nothing of it was run."
-            )
-        return self.records.setdefault(name, type(name, (_Record,), {}))
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise CheckpointError("it refers to an object outside the file")
 
 
 class SafeFileSystemReader(FileSystemReader):
@@ -117,8 +79,13 @@ class SafeFileSystemReader(FileSystemReader):
         return plan
 
 
-def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
+def read_metadata(folder: str | os.PathLike[str], *, with_bytes: bool = False) -> Metadata:
     """The names, shapes and places of a checkpoint's tensors.
+
+    Args:
+        folder: of the checkpoint.
+        with_bytes: whether there may be other things beside tensors, as Megatron-LM stores them. Of entries that are
+            mere bytes the places are then told too, in `storage_data`; what else there is, is passed over.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds anything but the description of tensors.
@@ -131,29 +98,20 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
             f"{path} is missing: {folder} is not a checkpoint, or not a complete one."
         ) from error
     try:
-        _check_sizes(content)
-        return _metadata(_DataUnpickler(io.BytesIO(content)).load())
+        return _metadata(read_inert(content, None if with_bytes else _RECORDS), with_bytes)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:
         raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _check_sizes(content: bytes) -> None:
-    """Refuse a pickle that would take much memory whatever its length, as one flipped bit can make it.
-
-    Objects are numbered from 0 for later reference, and the unpickler makes room for as many as the largest number
-    says. A byte array, of which DCP writes none, gets its room before its bytes are there.
-    """
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        out_of_bounds = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count
-        if out_of_bounds or opcode.name == "BYTEARRAY8":
-            raise pickle.UnpicklingError(f"{opcode.name} out of place")
-
-
-def _metadata(record: Any) -> Metadata:
+def _metadata(record: Any, with_bytes: bool) -> Metadata:
     state = _state(record, "Metadata")
-    tensors = {_text(name): _tensor(name, entry) for name, entry in _mapping(state["state_dict_metadata"])}
+    tensors = {
+        _text(name): _tensor(name, entry)
+        for name, entry in _mapping(state["state_dict_metadata"])
+        if not (with_bytes and type(entry).__name__ == "BytesStorageMetadata")
+    }
     storage = {_index(index): _storage(info) for index, info in _mapping(state["storage_data"])}
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
@@ -211,8 +169,8 @@ def _size(record: Any) -> torch.Size:
     return torch.Size(values)
 
 
-def _record(value: Any, name: str) -> _Record:
-    if not isinstance(value, _Record) or type(value).__name__ != name:
+def _record(value: Any, name: str) -> Record:
+    if not isinstance(value, Record) or type(value).__name__ != name:
         kind = type(value).__name__
         raise CheckpointError(f"a {kind} stands where a {name} should: not a checkpoint of tensors alone")
     return value

@@ -257,7 +257,8 @@ def test_flags_in_the_text_exist() -> None:
     known = {spelling for action in build_parser()._actions for spelling in action.option_strings}
     for tool in [*(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "scripts" / "examples").glob("*.py")]:
         known |= _flags_of_tool(tool)
-    known |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--time", "--nodes"}
+    known |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
+    known |= {"--time", "--nodes", "--signal"}
     known |= {"--full-matrix", "--layout-table"}  # of our tests, in tests/conftest.py
     wrong = {}
     for page in PAGES:

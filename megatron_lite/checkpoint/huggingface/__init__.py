@@ -1,9 +1,8 @@
 """Weights of the `transformers` package's models, to ours and back: one table for each family serves both ways."""
 
-from megatron_lite.checkpoint.huggingface.config_json import Architecture
+from megatron_lite.checkpoint.conversion.architecture import Architecture, architecture_of
 from megatron_lite.checkpoint.huggingface.loading import load_huggingface
 from megatron_lite.checkpoint.huggingface.settings import (
-    architecture_of,
     config_of,
     disagreements,
     flags_of,

@@ -1,26 +1,14 @@
-"""config.json, read with its faults collected; and the architecture of a model of ours."""
+"""config.json, read with its faults collected."""
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.models.gpt.gpt_config import GPTModelConfig
-from megatron_lite.transformer.transformer_config import TransformerConfig
 
 CONFIG = "config.json"
 REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a model of ours computes: its two configurations, and the tokens it knows (None: not known yet)."""
-
-    transformer: TransformerConfig
-    gpt: GPTModelConfig
-    vocab_size: int | None
 
 
 class ConfigJson:

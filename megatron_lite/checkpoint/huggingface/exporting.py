@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.conversion.architecture import Architecture, empty_model
+from megatron_lite.checkpoint.conversion.filling import pieces_of_tensors
+from megatron_lite.checkpoint.conversion.pieces import Piece, take
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.huggingface.config_json import CONFIG, Architecture
+from megatron_lite.checkpoint.huggingface.config_json import CONFIG
 from megatron_lite.checkpoint.huggingface.folder import INDEX, SINGLE, require_safetensors
-from megatron_lite.checkpoint.huggingface.importing import empty_model
-from megatron_lite.checkpoint.huggingface.loading import pieces_of_tensors
-from megatron_lite.checkpoint.huggingface.pieces import Piece, take
 from megatron_lite.checkpoint.huggingface.settings import config_of
 from megatron_lite.checkpoint.model_state import compare_names_and_shapes, model_tensors
 from megatron_lite.checkpoint.safe_reader import SafeFileSystemReader, tensor_shapes

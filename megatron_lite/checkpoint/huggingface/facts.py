@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import Architecture
+from megatron_lite.checkpoint.conversion.architecture import Architecture
 from megatron_lite.config_field import FLAG
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.transformer.attention_choices import uses_rope, uses_window

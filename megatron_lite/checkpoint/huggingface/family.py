@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_lite.checkpoint.conversion.architecture import Architecture
+from megatron_lite.checkpoint.conversion.pieces import Indices, Piece
+from megatron_lite.checkpoint.conversion.sources import Sizes, Source, Table
 from megatron_lite.checkpoint.errors import CheckpointError
-from megatron_lite.checkpoint.huggingface.config_json import Architecture, ConfigJson
-from megatron_lite.checkpoint.huggingface.pieces import Indices, Piece
-from megatron_lite.checkpoint.huggingface.sources import Sizes, Source, Table
+from megatron_lite.checkpoint.huggingface.config_json import ConfigJson
 
 _IN_DECODER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _IN_FUTURE = re.compile(r"mtp\.layers\.(\d+)\.(?:(transformer_layer)\.)?(.+)")

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_lite.checkpoint.conversion.pieces import Box
 from megatron_lite.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from megatron_lite.checkpoint.huggingface.pieces import Box
 from megatron_lite.errors import ConfigError
 
 SINGLE = "model.safetensors"

@@ -1,24 +1,14 @@
 """A Hugging Face folder becomes a checkpoint of ours, one tensor at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_lite.checkpoint import folders
-from megatron_lite.checkpoint.checkpointing import _MODEL, _common, _complete
-from megatron_lite.checkpoint.huggingface.config_json import Architecture
+from megatron_lite.checkpoint.conversion.architecture import Architecture, Settings
+from megatron_lite.checkpoint.conversion.importing import write_checkpoint
 from megatron_lite.checkpoint.huggingface.folder import TensorFolder, require_safetensors
-from megatron_lite.checkpoint.huggingface.loading import compare, fill_tensor, pieces_of_tensors
-from megatron_lite.checkpoint.huggingface.settings import Settings, flags_of, read_config
-from megatron_lite.checkpoint.model_state import model_tensors
-from megatron_lite.checkpoint.tensor_files import write_tensors
-from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
-
-ITERATION = 0
+from megatron_lite.checkpoint.huggingface.loading import REMEDY
+from megatron_lite.checkpoint.huggingface.settings import flags_of, read_config
 
 
 def settings_to_import(folder: str | Path) -> Settings:
@@ -45,7 +35,6 @@ def settings_to_import(folder: str | Path) -> Settings:
     return settings
 
 
-@torch.no_grad()
 def import_checkpoint(
     folder: str | Path,
     root: str | Path,
@@ -68,36 +57,6 @@ def import_checkpoint(
     Raises:
         ConfigError, CheckpointError: see load_huggingface.
     """
-    root, what = Path(root), f"Importing {folder}"
     family, _ = read_config(folder)
     theirs = TensorFolder(folder, family.prefix)
-    empty = empty_model(model)
-    own = model_tensors(empty)
-    pieces = pieces_of_tensors(own, family, empty)
-    wanted = {piece.name: piece for found in pieces.values() for piece in found if not piece.is_copy}
-    compare(wanted, set(wanted), theirs, family, empty)
-
-    def make(name: str) -> Tensor:
-        name = name.removeprefix(_MODEL)
-        announce(name)
-        whole = torch.empty_like(own[name], device="cpu")
-        fill_tensor(whole, [range(length) for length in whole.shape], pieces[name], theirs)
-        return whole
-
-    temporary = folders.open_temporary_folder(root, ITERATION)
-    try:
-        checksums = write_tensors(what, temporary, {_MODEL + name: one for name, one in own.items()}, make=make)
-        return Path(_complete(root, ITERATION, _common(ITERATION, empty, {}, config_dict), checksums))
-    except BaseException:
-        folders.discard_temporary_folder(root, ITERATION)
-        raise
-
-
-def empty_model(model: Architecture, padded_vocab_size: int | None = None) -> GPTModel:
-    """The model without storage, in one process."""
-    assert model.vocab_size is not None, "the size of the vocabulary is known"
-    gpt = model.gpt
-    if padded_vocab_size is not None:
-        gpt = replace(gpt, padded_vocab_size=padded_vocab_size, pad_vocab_size=True)
-    with torch.device("meta"):
-        return build_gpt_model(model.transformer, gpt, model.vocab_size, gpt.max_position_embeddings or 1)
+    return write_checkpoint(root, theirs, family, model, config_dict, announce, REMEDY)

@@ -1,22 +1,18 @@
 """config.json to our settings and back, and what of a run's settings differs from a config.json."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import Architecture, ConfigJson, read_config_json
+from megatron_lite.checkpoint.conversion.architecture import OF_GPT, Architecture, Settings, architecture_of, grouped
+from megatron_lite.checkpoint.huggingface.config_json import ConfigJson, read_config_json
 from megatron_lite.checkpoint.huggingface.facts import differences, remedy
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.family import Family
 from megatron_lite.errors import ConfigError
-from megatron_lite.models.gpt.gpt_config import GPTModelConfig
-from megatron_lite.transformer.transformer_config import TransformerConfig
 
-Settings = dict[str, dict[str, Any]]
 # More differences than any model has that can be read at all.
 _FAR = 1000
-_OF_GPT = {one.name for one in dataclasses.fields(GPTModelConfig)}
 
 
 def read_config(folder: str | Path) -> tuple[Family, ConfigJson]:
@@ -42,26 +38,7 @@ def flags_of(family: Family, config: ConfigJson) -> Settings:
         config.only(key, value)
     flat |= family.read(config)
     config.raise_problems()
-    # What is given as null has our default.
-    flat = {name: value for name, value in flat.items() if value is not None}
-    return {
-        "transformer": {name: value for name, value in flat.items() if name not in _OF_GPT},
-        "gpt": {name: value for name, value in flat.items() if name in _OF_GPT},
-    }
-
-
-def architecture_of(settings: Settings) -> Architecture:
-    """The configurations that settings make.
-
-    Raises:
-        ConfigError: they break a rule of ours.
-    """
-    transformer = TransformerConfig(**settings["transformer"])
-    gpt = GPTModelConfig(**settings["gpt"])
-    problems = transformer.violations() + gpt.violations()
-    if problems:
-        raise ConfigError.from_violations(problems)
-    return Architecture(transformer, gpt, gpt.vocab_size)
+    return grouped(flat)
 
 
 def read_architecture(folder: str | Path) -> tuple[Family, Architecture]:
@@ -119,7 +96,7 @@ def config_of(model: Architecture, model_type: str | None = None) -> tuple[Famil
 def _written(family: Family, model: Architecture) -> dict[str, Any]:
     values: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     for key, field in family.fields.items():
-        values[key] = getattr(model.gpt if field.ours in _OF_GPT else model.transformer, field.ours)
+        values[key] = getattr(model.gpt if field.ours in OF_GPT else model.transformer, field.ours)
     return {**values, "vocab_size": model.vocab_size, **family.only, **family.write(model)}
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import Architecture, ConfigJson
+from megatron_lite.checkpoint.conversion.architecture import Architecture
+from megatron_lite.checkpoint.huggingface.config_json import ConfigJson
 from megatron_lite.transformer.attention_choices import uses_window
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, Architecture, ConfigJson
+from megatron_lite.checkpoint.conversion.architecture import Architecture
+from megatron_lite.checkpoint.conversion.sources import Source, gated, same, vocabulary
+from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, ConfigJson
 from megatron_lite.checkpoint.huggingface.families.llama import (
     EXPERTS,
     FIELDS,
@@ -17,7 +19,6 @@ from megatron_lite.checkpoint.huggingface.families.llama import (
 )
 from megatron_lite.checkpoint.huggingface.family import Family, Field
 from megatron_lite.checkpoint.huggingface.positions import read_positions, write_positions
-from megatron_lite.checkpoint.huggingface.sources import Source, gated, same, vocabulary
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 
 _ATTENTION = f"{LAYER}self_attn."

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, Architecture, ConfigJson
+from megatron_lite.checkpoint.conversion.architecture import Architecture
+from megatron_lite.checkpoint.conversion.sources import Source, queries_keys_values, same, vocabulary
+from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, ConfigJson
 from megatron_lite.checkpoint.huggingface.family import Family, Field
-from megatron_lite.checkpoint.huggingface.sources import Source, queries_keys_values, same, vocabulary
 
 _LAYER = "transformer.h.{layer}."
 

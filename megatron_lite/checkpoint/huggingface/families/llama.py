@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, Architecture, ConfigJson
-from megatron_lite.checkpoint.huggingface.family import Family, Field
-from megatron_lite.checkpoint.huggingface.positions import read_positions, write_positions
-from megatron_lite.checkpoint.huggingface.sources import (
+from megatron_lite.checkpoint.conversion.architecture import Architecture
+from megatron_lite.checkpoint.conversion.sources import (
     Source,
     gated,
     keys,
@@ -15,6 +13,9 @@ from megatron_lite.checkpoint.huggingface.sources import (
     vocabulary,
     with_biases,
 )
+from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, ConfigJson
+from megatron_lite.checkpoint.huggingface.family import Family, Field
+from megatron_lite.checkpoint.huggingface.positions import read_positions, write_positions
 from megatron_lite.checkpoint.huggingface.windows import window_of, window_settings
 
 PREFIX = "model."

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, Architecture, ConfigJson
+from megatron_lite.checkpoint.conversion.architecture import Architecture
+from megatron_lite.checkpoint.conversion.sources import with_biases
+from megatron_lite.checkpoint.huggingface.config_json import REQUIRED, ConfigJson
 from megatron_lite.checkpoint.huggingface.families.llama import (
     ATTENTION,
     EXPERTS,
@@ -21,7 +23,6 @@ from megatron_lite.checkpoint.huggingface.families.llama import (
 )
 from megatron_lite.checkpoint.huggingface.family import Family, Field
 from megatron_lite.checkpoint.huggingface.positions import read_positions, write_positions
-from megatron_lite.checkpoint.huggingface.sources import with_biases
 from megatron_lite.checkpoint.huggingface.windows import FULL, SLIDING, window_of, window_settings
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint import folders, read_common
+from megatron_lite.checkpoint.conversion.architecture import empty_model
+from megatron_lite.checkpoint.conversion.filling import pieces_of_tensors
 from megatron_lite.checkpoint.huggingface import (
     Architecture,
     architecture_of,
@@ -22,8 +24,7 @@ from megatron_lite.checkpoint.huggingface.config_json import ConfigJson
 from megatron_lite.checkpoint.huggingface.exporting import export_checkpoint
 from megatron_lite.checkpoint.huggingface.facts import differences, facts_of
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
-from megatron_lite.checkpoint.huggingface.importing import empty_model, import_checkpoint, settings_to_import
-from megatron_lite.checkpoint.huggingface.loading import pieces_of_tensors
+from megatron_lite.checkpoint.huggingface.importing import import_checkpoint, settings_to_import
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.generate import generate
 from megatron_lite.inference.sampling import SamplingConfig

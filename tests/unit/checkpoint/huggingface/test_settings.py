@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_lite.arguments import parse_args
+from megatron_lite.checkpoint.conversion.architecture import Architecture
 from megatron_lite.checkpoint.huggingface import architecture_of, config_of, disagreements, flags_of, read_architecture
-from megatron_lite.checkpoint.huggingface.config_json import Architecture, ConfigJson
+from megatron_lite.checkpoint.huggingface.config_json import ConfigJson
 from megatron_lite.checkpoint.huggingface.facts import differences
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.errors import ConfigError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.huggingface.pieces import Indices
+from megatron_lite.checkpoint.conversion.pieces import Indices
 
 
 @dataclass(frozen=True)
