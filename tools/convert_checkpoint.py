@@ -26,10 +26,10 @@ from megatron_lite.checkpoint.huggingface.importing import import_checkpoint, se
 from megatron_lite.checkpoint.huggingface.tokenizer_files import copy_tokenizer, special_tokens
 from megatron_lite.checkpoint.megatron import (
     MegatronCheckpoint,
+    architecture_of_run,
     can_continue,
     find_megatron,
     import_megatron,
-    settings_of,
     tokenizer_of,
 )
 from megatron_lite.errors import ConfigError
@@ -102,7 +102,7 @@ def from_huggingface(folder: str, root: str) -> None:
 def from_megatron(root: str, save: str, step: int | None) -> None:
     """Import a checkpoint of Megatron-LM's; its tokenizer stays where it is."""
     theirs = MegatronCheckpoint(find_megatron(root, step))
-    model = architecture_of(settings_of(theirs))
+    model = architecture_of_run(theirs)
     assert model.vocab_size is not None, "checkpoints have embeddings"
     stored = settings_to_store(model, tokenizer_of(theirs, model.vocab_size))
     with tqdm(unit=" tensors", desc="importing") as bar:

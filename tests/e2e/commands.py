@@ -54,11 +54,11 @@ def pretrain_command(processes: int, arguments: list[str]) -> list[str]:
     return [*launcher, "pretrain_gpt.py", *arguments]
 
 
-def run(command: list[str], *, expect: int | None = 0, timeout: float = 300.0) -> str:
-    """Run a command in the repository; returns what it printed. Fails with that output if it ends otherwise."""
+def run(command: list[str], *, expect: int | None = 0, timeout: float = 300.0, folder: Path = REPOSITORY) -> str:
+    """Run a command in a folder; returns what it printed. Fails with that output if it ends otherwise."""
     done = subprocess.run(
         command,
-        cwd=REPOSITORY,
+        cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

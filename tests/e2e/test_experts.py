@@ -103,7 +103,7 @@ def test_modes_train_with_experts(tmp_path, flags):
     """Each mode runs to its end on two ranks and lowers the loss."""
     path = tmp_path / "m.jsonl"
     words = ["--num-experts", "4", "--expert-model-parallel-size", "2", "--moe-aux-loss-coeff", "1e-2"]
-    pretrain(2, *TINY, *words, *flags, "--train-iters", "30", "--metrics-jsonl", str(path))
+    pretrain(2, *TINY, *words, *flags, "--train-iters", "12", "--metrics-jsonl", str(path))
     metrics = training_metrics(path, "lm_loss")
-    assert len(metrics) == 30
+    assert len(metrics) == 12
     assert metrics[-1][1] < metrics[0][1] - 0.1

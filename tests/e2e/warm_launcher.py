@@ -1,4 +1,4 @@
-"""Runs pretrain_gpt.py as torchrun would, in processes that have torch imported already: most of a short run is that.
+"""Runs a program as Python or torchrun would, with torch imported already: most of a short run is that.
 
 The ranks are forked from a server, get torchrun's environment, and are ended together if one of them fails. What
 torchrun itself does is tested where a run is killed, told to stop, or started as the documentation says.
@@ -27,8 +27,16 @@ PRELOADED = [
 ]
 
 
-def launch(processes: int, arguments: list[str], output: Path, environment: dict[str, str], timeout: float) -> int:
-    """Run pretrain_gpt.py on so many ranks, what they print going to a file; returns the exit status."""
+def launch(
+    processes: int,
+    arguments: list[str],
+    output: Path,
+    environment: dict[str, str],
+    timeout: float,
+    program: str = "pretrain_gpt.py",
+    folder: Path = REPOSITORY,
+) -> int:
+    """Run a program in a folder on so many ranks, what they print going to a file; returns the exit status."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
@@ -40,7 +48,7 @@ def launch(processes: int, arguments: list[str], output: Path, environment: dict
         if processes > 1:
             variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             variables |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(context.Process(target=_run, args=(arguments, str(output), variables)))
+        ranks.append(context.Process(target=_run, args=(program, arguments, str(folder), str(output), variables)))
     of_server = {name: environment[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")}
     with mock.patch.dict(os.environ, of_server):  # the first start is the server's too
         for process in ranks:
@@ -65,7 +73,7 @@ def _wait(ranks: list[BaseProcess], timeout: float) -> int:
     return next((process.exitcode for process in ranks if process.exitcode), 0)
 
 
-def _run(arguments: list[str], output: str, environment: dict[str, str]) -> None:
+def _run(program: str, arguments: list[str], folder: str, output: str, environment: dict[str, str]) -> None:
     """One rank, from its first line to its last."""
     printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout.flush()
@@ -73,9 +81,10 @@ def _run(arguments: list[str], output: str, environment: dict[str, str]) -> None
         os.dup2(printed, stream)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(REPOSITORY)
+    os.chdir(folder)
     import torch
 
     torch.set_num_threads(1)
-    sys.argv = ["pretrain_gpt.py", *arguments]
-    runpy.run_path(str(REPOSITORY / "pretrain_gpt.py"), run_name="__main__")
+    sys.argv = [program, *arguments]
+    sys.path.insert(0, str(Path(program).parent))
+    runpy.run_path(program, run_name="__main__")

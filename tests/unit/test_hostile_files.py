@@ -11,16 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_lite.arguments.command_line import GROUPS
 from megatron_lite.arguments.yaml_file import read_yaml
 from megatron_lite.checkpoint import CheckpointError, read_common, read_tracker
 from megatron_lite.checkpoint.checksums import CHECKSUMS, as_json, read_checksums
 from megatron_lite.checkpoint.common import COMMON, FORMAT, FORMAT_VERSION
+from megatron_lite.checkpoint.megatron import MegatronCheckpoint, architecture_of_run, find_megatron
+from megatron_lite.checkpoint.megatron.folder import COMMON as COMMON_OF_MEGATRON
+from megatron_lite.checkpoint.megatron.folder import COMMON_STATE, stored_bytes
 from megatron_lite.checkpoint.safe_reader import METADATA, read_metadata
 from megatron_lite.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_lite.errors import ConfigError
 from megatron_lite.tokenizers import TokenizerConfig, build_tokenizer
+from tests.e2e.commands import REPOSITORY
 from tests.unit.tokenizers import test_tokenizers as samples
 
 TEXT = "def f(x):\n    return x  # é\n"
@@ -70,6 +75,25 @@ def metadata(folder: Path) -> tuple[Path, Callable[[], object]]:
 
     save(folder / "saved", {"a": torch.arange(6.0).view(2, 3), "b": torch.ones((), dtype=torch.bfloat16)})
     return folder / "saved" / METADATA, lambda: read_metadata(folder / "saved")
+
+
+def of_megatron(file: str, folder: Path) -> tuple[Path, Callable[[], object]]:
+    """A checkpoint that Megatron-LM has written; the state of the run in a file of its own, as older versions did."""
+    source = find_megatron(REPOSITORY / "tests" / "data" / "megatron" / "learned")
+    theirs = Path(shutil.copytree(source, folder / "it"))
+    state = stored_bytes(theirs, read_metadata(theirs, with_bytes=True), MetadataIndex(COMMON_STATE))
+    (theirs / COMMON_OF_MEGATRON).write_bytes(state)
+    metadata = (theirs / METADATA).read_bytes()
+    if file == COMMON_OF_MEGATRON:
+        (theirs / METADATA).write_bytes(metadata.replace(COMMON_STATE.encode(), b"x" * len(COMMON_STATE)))
+
+    def read() -> None:
+        checkpoint = MegatronCheckpoint(theirs)
+        architecture_of_run(checkpoint)
+        for name, shape in checkpoint.weights.shapes.items():
+            checkpoint.weights.read(name, tuple(slice(0, length) for length in shape))
+
+    return theirs / file, read
 
 
 def common(folder: Path) -> tuple[Path, Callable[[], object]]:
@@ -128,6 +152,8 @@ def a_tokenizer(kind: str, file: str, folder: Path) -> tuple[Path, Callable[[], 
 KINDS: dict[str, Callable[[Path], tuple[Path, Callable[[], object]]]] = {
     ".idx": an_index,
     ".metadata": metadata,
+    ".metadata of Megatron-LM": lambda folder: of_megatron(METADATA, folder),
+    "common.pt of Megatron-LM": lambda folder: of_megatron(COMMON_OF_MEGATRON, folder),
     "common.json": common,
     "checksums.json": checksums,
     "tracker": tracker,

@@ -80,7 +80,7 @@ class MegatronTensors:
         for chunk in entry.chunks:
             place, source = _overlap(wanted, chunk.offsets, chunk.sizes)
             if place is not None:
-                content = _stored_bytes(self.folder, self._metadata, MetadataIndex(stored, chunk.offsets))
+                content = stored_bytes(self.folder, self._metadata, MetadataIndex(stored, chunk.offsets))
                 what = f"{stored} in {self.folder}"
                 part[place] = _tensor_of(content, chunk.sizes, part.dtype, what)[source]
         return part[0] if layer is not None else part
@@ -146,7 +146,7 @@ class MegatronCheckpoint:
         """What the run saved beside tensors, and a reader of the numbers it saved as tensors."""
         path = self.folder / COMMON
         if MetadataIndex(COMMON_STATE) in metadata.storage_data:
-            content = _stored_bytes(self.folder, metadata, MetadataIndex(COMMON_STATE))
+            content = stored_bytes(self.folder, metadata, MetadataIndex(COMMON_STATE))
             where = f"{COMMON_STATE} in {self.folder}"
         elif path.is_file():
             content, where = path.read_bytes(), str(path)
@@ -196,7 +196,8 @@ def _tensor_entry(metadata: Metadata, stored: str) -> TensorStorageMetadata:
     return entry
 
 
-def _stored_bytes(folder: Path, metadata: Metadata, index: MetadataIndex) -> bytes:
+def stored_bytes(folder: Path, metadata: Metadata, index: MetadataIndex) -> bytes:
+    """What a checkpoint holds under an index, as it stands in its file."""
     place = metadata.storage_data[index]
     path = folder / place.relative_path
     try:

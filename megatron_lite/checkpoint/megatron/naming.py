@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_lite.checkpoint.conversion.pieces import Indices, Piece
-from megatron_lite.checkpoint.conversion.sources import Sizes
+from megatron_lite.checkpoint.conversion.sources import Sizes, vocabulary
 
+_OF_THE_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _FIRST_LAYERS = ("linear_fc1.weight", "linear_fc1.bias", "experts.weight1", "experts.bias1")
 
 
@@ -28,6 +29,8 @@ class MegatronNaming:
         if self._gated and name.endswith(_FIRST_LAYERS):
             rows = 1 if ".experts." in name else 0
             dims[rows] = torch.arange(shape[rows], device="cpu").view(-1, 2).T.flatten()
+        if name in _OF_THE_VOCABULARY:
+            dims[0] = vocabulary(sizes, shape[0])
         return [Piece(name, tuple(dims))]
 
     def is_ignorable(self, name: str, layers: int, depths: int, tied: bool) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import torch
 
 from megatron_lite.arguments.convert import convert
-from megatron_lite.checkpoint.conversion.architecture import Settings, grouped
+from megatron_lite.checkpoint.conversion.architecture import Architecture, Settings, architecture_of, grouped
 from megatron_lite.checkpoint.megatron.folder import MegatronCheckpoint
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
@@ -74,6 +74,18 @@ def settings_of(theirs: MegatronCheckpoint) -> Settings:
     flat["fp16"] = bool(arguments.get("fp16")) and not flat["bf16"]
     flat["vocab_size"] = theirs.weights.shapes.get(_EMBEDDING, (None,))[0]
     return grouped(flat)
+
+
+def architecture_of_run(theirs: MegatronCheckpoint) -> Architecture:
+    """What a checkpoint's model computes.
+
+    Raises:
+        ConfigError: it cannot be expressed.
+    """
+    try:
+        return architecture_of(settings_of(theirs))
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{theirs.folder} holds an argument of the wrong kind: {error}") from error
 
 
 def tokenizer_of(theirs: MegatronCheckpoint, vocab_size: int) -> TokenizerConfig:

@@ -127,7 +127,10 @@ def _compiled(
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel"),
+    [(2, True), *(pytest.param(tp, False, marks=pytest.mark.full) for tp in (1, 2))],
+)
 def test_layers_trace_to_one_graph(pool: WorkerPool, tp: int, sequence_parallel: bool) -> None:
     """fullgraph=True raises at any break of the graph, also one at a collective."""
     pool.run(_compiled, sequence_parallel, list(MODELS), "aot_eager", {}, world_size=tp)
