@@ -32,8 +32,8 @@ def test_a_run_of_megatron_continues(tmp_path):
     """Iterations 4 to 6 from its checkpoint of iteration 3: loss, norms and balance loss to float32's rounding, on one
     process and at TP 2 x EP 2.
 
-    Mutations: the learning rate of the iteration after; moments not taken over; the balance loss weighed by
-    micro-batch or not at all; the expert bias not updated; the loss as a mean over all tokens.
+    Mutations: moments of the other kind, weights for moments, or their count of updates left at zero; position or
+    schedule not taken over; the balance loss weighed twice; the expert bias not updated.
     """
     converter = ["python", "tools/convert_checkpoint.py", "--from", "megatron", "--to", "megatron_lite"]
     run([*converter, "--load", str(DATA / "experts"), "--save", str(tmp_path / "moved")])

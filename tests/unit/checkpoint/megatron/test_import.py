@@ -1,9 +1,8 @@
 """Checkpoints that Megatron-LM itself has written (tests/data/megatron): what they compute here, and how they are read.
 
-Mutations, each seen to fail: gates and ups not exchanged; query, key and value rows in another order; a layer of a
-stack read from the beginning; chunks placed without their offset; norms exchanged; the expert bias left out; masters
-ignored; moments of other parameters; the step count of the moments not taken over; the second moment read for the
-first.
+Mutations: gates and ups not exchanged, or in another order; the first layer of a stack for all; pieces without their
+offset, in the target or in the file; norms exchanged; masters ignored; the count of updates not taken over; tensors or
+the state of the run unpickled.
 """
 
 import argparse
