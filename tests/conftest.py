@@ -14,7 +14,7 @@ MEASURED: pytest.StashKey[dict[Any, dict[str, float]]] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the layout matrix, and of the tests of kills and of damaged files."""
     parser.addoption("--full-matrix", action="store_true", help="run all layouts, and all tests marked full")
-    parser.addoption("--kills", type=int, default=2, help="how often test_killed_runs_resume_bit_for_bit kills a run")
+    parser.addoption("--kills", type=int, default=1, help="how often test_killed_runs_resume_bit_for_bit kills a run")
     parser.addoption("--inputs", type=int, default=200, help="damaged files of each kind in test_hostile_files.py")
     parser.addoption("--layout-table", metavar="FILE", help="write their deviations as a Markdown table")
 

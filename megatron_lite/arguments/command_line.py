@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from megatron_lite.arguments.checkpoint_settings import add_checkpoint_settings
 from megatron_lite.arguments.convert import NO, YES, convert, takes_many
 from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags, compat_keys, judge
 from megatron_lite.arguments.options import Option, all_options, keys
@@ -132,10 +133,11 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 
 def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = None) -> Settings:
-    """Command line over `--config` file over `defaults` (field -> value).
+    """Command line over `--config` file over `defaults` (field -> value) over the checkpoint, if that is asked.
 
     Raises:
         ConfigError: the file cannot be read, or a flag lacks its value. All other problems are collected.
+        CheckpointError: the checkpoint whose settings are asked for cannot be read.
     """
     namespace, unknown = build_parser().parse_known_args(argv)
     given = vars(namespace)
@@ -153,6 +155,8 @@ def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = 
     if settings.config is not None:
         _read_file(settings, settings.config, compat)
     _read_flags(settings, given, compat)
+    if settings.values.get("use_checkpoint_args", (False, ""))[0]:
+        add_checkpoint_settings(settings.values)
     _report_unknown(settings, unknown)
     notices, violations = judge(compat, {name: value for name, (value, _) in settings.values.items()})
     settings.notices += notices

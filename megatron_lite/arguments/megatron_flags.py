@@ -259,8 +259,8 @@ REFUSED: dict[str, str] = {
         --ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format
         --dist-ckpt-save-pre-mcore-014 --replication --replication-jump= --replication-factor=
     """,
-    "the run is described by --config FILE, not by its checkpoint": """
-        --use-checkpoint-args --use-mp-args-from-checkpoint-args
+    "a checkpoint loads at any layout, so none is taken from it; --use-checkpoint-args takes the model's settings": """
+        --use-mp-args-from-checkpoint-args
     """,
     "process groups are always initialized by the training script itself": """
         --lazy-mpu-init

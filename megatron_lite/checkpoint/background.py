@@ -1,9 +1,9 @@
 """Saving while training goes on: the state is copied to host memory, and a thread writes the copy.
 
-    tensors = to_host(tensors)     training waits for this alone
-    saver.start(write)             the save before is finished by then
-    saver.poll()                   between steps: has it finished, and how?
-    saver.finish()                 before the next save and at the end: waits
+    tensors = saver.copies(tensors)   training waits for this alone; the save before is finished by then
+    saver.start(write)
+    saver.poll()                      between steps: has it finished, and how?
+    saver.finish()                    before the next save and at the end: waits
 
 All ranks call the same in the same order. The thread has a process group of its own, so its messages do not meet those
 of training. That a checkpoint is complete is agreed among the ranks in the thread, before any of them says so.
@@ -12,17 +12,13 @@ of training. That a checkpoint is complete is agreed among the ranks in the thre
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lite.checkpoint.agreement import world
 from megatron_lite.checkpoint.errors import CheckpointError
-
-
-def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory, split over ranks as the tensors are."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 class BackgroundSaver:
@@ -37,6 +33,23 @@ class BackgroundSaver:
         self.group: ProcessGroup | None = dist.new_group(backend="gloo") if world()[1] > 1 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, split over ranks as the tensors are, good until the next ones are asked for.
+
+        The memory is kept for the next save. Where there is a GPU it is pinned, and all copies travel at once.
+        """
+        with_gpu = torch.cuda.is_available()
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=with_gpu)
+            self._buffers[name].copy_(tensor, non_blocking=True)
+        if with_gpu:
+            torch.cuda.synchronize()
+        return {name: self._buffers[name] for name in tensors}
 
     def start(self, write: Callable[[], None]) -> None:
         """Run `write` in the thread; what it raises, `poll` or `finish` raises."""

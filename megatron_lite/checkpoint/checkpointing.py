@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import folders
 from megatron_lite.checkpoint.agreement import agreed, from_rank_zero, union_of_names, world
-from megatron_lite.checkpoint.background import BackgroundSaver, to_host
+from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.checksums import (
     CHECKSUMS,
     Checksums,
@@ -122,6 +122,7 @@ def save_checkpoint(
     if check_replicas and parallel_state.model_parallel_is_initialized():
         _warn_of_drift(chunks)
     group = None if background is None else background.group
+    assert background is None or not background.is_busy, "finish the save before first"
 
     def write(folder: Path, tensors: dict[str, Tensor], common: str) -> None:
         checksums = write_tensors(what, folder, tensors, group)
@@ -139,7 +140,7 @@ def save_checkpoint(
         tensors = agreed(what, lambda: _tensors_to_save(chunks, optimizer, save_rng))
         common = agreed(what, lambda: _common(iteration, current_layout(chunks[0]), extra, config_dict))
         if background is not None:
-            tensors = agreed(what, lambda: to_host(tensors))
+            tensors = agreed(what, lambda: background.copies(tensors))
     if background is None:
         write_or_discard(folder, tensors, common)
     else:

@@ -41,6 +41,11 @@ class CheckpointConfig(Validated):
         "Folder of a Hugging Face model whose weights start the run when --load holds no checkpoint yet.",
         metavar="FOLDER",
     )
+    use_checkpoint_args: bool = knob(
+        False,
+        "Take what is not given of the settings of model and tokenizer from the checkpoint of --load, or else of "
+        "--pretrained-checkpoint.",
+    )
     verify_checkpoint: bool = knob(False, "Compare every file of a checkpoint with its checksum before loading it.")
     fallback: bool = knob(True, "Where the latest checkpoint is damaged, load the one before it.")
     exit_on_missing_checkpoint: bool = knob(False, "Stop if --load holds no checkpoint, instead of starting anew.")

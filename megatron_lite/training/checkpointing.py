@@ -20,6 +20,7 @@ from megatron_lite.checkpoint import (
     save_checkpoint,
 )
 from megatron_lite.checkpoint.huggingface import Architecture, disagreements, load_huggingface
+from megatron_lite.checkpoint.model_settings import MEANING
 from megatron_lite.distributed import reshard_parameters
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
@@ -178,50 +179,6 @@ def _refuse_to_start_over(config: RunConfig, dense: str) -> None:
         )
 
 
-# Weights fit whatever these say, but were trained for one value.
-OF_THE_MODEL = {
-    "transformer": (
-        "num_attention_heads",
-        "num_query_groups",
-        "moe_router_topk",
-        "moe_router_score_function",
-        "moe_router_pre_softmax",
-        "moe_router_topk_scaling_factor",
-        "moe_router_num_groups",
-        "moe_router_group_topk",
-        "normalization",
-        "layernorm_zero_centered_gamma",
-        "swiglu",
-        "geglu",
-        "quick_geglu",
-        "squared_relu",
-        "attention_output_gate",
-        "activation_func_clamp_value",
-        "glu_linear_offset",
-        "softmax_type",
-        "window_size",
-        "window_attn_skip_freq",
-        "no_rope_freq",
-        "apply_residual_connection_post_layernorm",
-    ),
-    "gpt": (
-        "position_embedding_type",
-        "rotary_base",
-        "rotary_percent",
-        "rotary_interleaved",
-        "rotary_seq_len_interpolation_factor",
-        "use_rope_scaling",
-        "rope_scaling_factor",
-        "rope_type",
-        "rotary_scaling_factor",
-        "yarn_original_max_position_embeddings",
-        "yarn_beta_fast",
-        "yarn_beta_slow",
-        "yarn_correction_range_round_to_int",
-        "mscale",
-        "mscale_all_dim",
-    ),
-}
 # The position of a run counts samples in an order that these decide.
 OF_THE_DATA = {
     "rng": ("seed",),
@@ -231,14 +188,14 @@ OF_THE_DATA = {
 
 def changed_settings(config: RunConfig, stored: Mapping[str, Any], finetune: bool) -> Iterator[str]:
     """One line for each setting whose change makes something else of the checkpoint's weights or position."""
-    groups = OF_THE_MODEL if finetune else OF_THE_MODEL | OF_THE_DATA
+    groups = MEANING if finetune else MEANING | OF_THE_DATA
     # By way of JSON, as the stored settings came: tuples are lists.
     current = json.loads(json.dumps(config.to_dict()))
     for group, names in groups.items():
         before = stored.get(group, {})
         for name in names:
             if name in before and before[name] != current[group][name]:
-                what = "the weights were trained" if group in OF_THE_MODEL else "the samples so far were drawn"
+                what = "the weights were trained" if group in MEANING else "the samples so far were drawn"
                 yield f"{name} is {current[group][name]}, but {what} with {before[name]}."
     kinds = [one.get("transformer", {}).get("moe_router_load_balancing_type") for one in (current, stored)]
     if None not in kinds and ("sinkhorn" in kinds[0]) != ("sinkhorn" in kinds[1]):

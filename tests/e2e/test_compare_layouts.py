@@ -49,6 +49,7 @@ def compared(pool: WorkerPool, left: str, right: str, broken: str | None = None)
     return compare(*records, PRECISIONS["fp64"])
 
 
+@pytest.mark.full
 def test_tensor_and_pipeline_parallelism_are_equal(capfd: pytest.CaptureFixture[str]) -> None:
     """As a user calls it; dropout is switched off with a word about it."""
     status = tool.main([*SHARED, "--hidden-dropout", "0.1", "--left", TP, "--right", PP])

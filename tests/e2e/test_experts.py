@@ -95,7 +95,7 @@ def test_upcycled_over_expert_parallel_ranks(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--compile"], id="compile"),
+        pytest.param(["--compile"], id="compile", marks=pytest.mark.full),
         pytest.param(["--bf16", "--moe-layer-recompute"], id="bf16-recompute"),
     ],
 )

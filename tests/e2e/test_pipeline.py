@@ -78,6 +78,7 @@ def test_dropout_goes_on_in_every_stage(tmp_path):
     assert "saved at another layout (stages 2 a rank, zbv -> 1 a rank, 1f1b); seeded anew" in output
 
 
+@pytest.mark.full
 def test_stages_with_experts_train_resume_and_move(tmp_path):
     """PP 2 x EP 2, then interleaved chunks at EP 1, then EP 4: equal in float64, expert bias and balance losses too.
 

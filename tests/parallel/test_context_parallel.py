@@ -298,10 +298,10 @@ def test_dropout_differs_between_context_parallel_ranks(pool):
 def memory_per_token(pool, cp: int, kind: str) -> float:
     """Peak bytes a token of the whole sequence costs rank 0 in one layer, beside the kernels' fixed workspace.
 
-    The least of three, as gloo's thread may let go of what it has sent a moment late.
+    The less of two, as gloo's thread may let go of what it has sent a moment late.
     """
     low, high = (
-        min(pool.run(measure_layer, kind, length, world_size=cp)[0].peak_bytes for _ in range(3))
+        min(pool.run(measure_layer, kind, length, world_size=cp)[0].peak_bytes for _ in range(2))
         for length in (4096, 8192)
     )
     return (high - low) / 4096
@@ -311,8 +311,10 @@ def memory_per_token(pool, cp: int, kind: str) -> float:
     ("cp", "kind"),
     [
         (2, "p2p"),
-        (2, "all_gather"),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in ((4, "p2p"), (2, "a2a"), (4, "a2a"), (4, "a2a+p2p"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in ((2, "all_gather"), (4, "p2p"), (2, "a2a"), (4, "a2a"), (4, "a2a+p2p"))
+        ),
     ],
 )
 def test_activation_memory_falls_with_the_ranks(pool, cp, kind):

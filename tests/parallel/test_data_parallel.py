@@ -350,6 +350,7 @@ def check_reshard(pool, path, source, target, broken=None):
         assert_close(resumed, continued, 1e-11)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("source", "target"),
     [

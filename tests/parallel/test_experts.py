@@ -316,6 +316,7 @@ def check_reshard(pool, path, source, target, broken=None):
         assert_close(resumed, continued, 1e-10)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("source", "target"),
     [

@@ -10,6 +10,7 @@ import torch
 from megatron_lite.arguments.convert import convert
 from megatron_lite.checkpoint.conversion.architecture import Architecture, Settings, architecture_of, grouped
 from megatron_lite.checkpoint.megatron.folder import MegatronCheckpoint
+from megatron_lite.checkpoint.model_settings import MEANING, SHAPES
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.tokenizers import TokenizerConfig
@@ -17,25 +18,14 @@ from megatron_lite.tokenizers.config import TOKENIZER_TYPES
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-# Our settings that have the name and the meaning of an argument of theirs.
-_ALWAYS = (
-    *("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size", "mtp_num_layers"),
-    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias"),
-    *("swiglu", "quick_geglu", "squared_relu", "openai_gelu", "bias_gelu_fusion"),
-    *("activation_func_clamp_value", "glu_linear_offset", "apply_residual_connection_post_layernorm"),
-    *("qk_layernorm", "attention_output_gate", "softmax_type", "window_size", "window_attn_skip_freq", "no_rope_freq"),
-    *("multi_latent_attention", "init_method_std", "max_position_embeddings", "position_embedding_type"),
-    *("use_rotary_position_embeddings", "rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
-    *("rotary_scaling_factor", "mscale", "mscale_all_dim"),
+# Of a run's settings that describe no model, those that go with it.
+_OF_TRAINING = (
+    *("init_method_std", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
+    "moe_router_bias_update_rate",
 )
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type")
-_EXPERTS = (
-    *("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
-    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
-    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_load_balancing_type", "moe_aux_loss_coeff"),
-    *("moe_z_loss_coeff", "moe_router_enable_expert_bias", "moe_router_bias_update_rate"),
-)
+# Written another way in their arguments.
+_SPELLED = ("num_moe_experts", "share_embeddings_and_output_weights", "vocab_size")
 # Arguments with which a model computes what ours cannot.
 _ELSEWHERE = (
     *("experimental_attention_variant", "linear_attention_freq", "qk_l2_norm", "mrope_section", "use_mup"),
@@ -56,13 +46,15 @@ def settings_of(theirs: MegatronCheckpoint) -> Settings:
     """
     arguments = theirs.arguments
     found = list(_inexpressible(arguments, theirs.folder))
-    names: list[str] = [*_ALWAYS]
-    if arguments.get("group_query_attention"):
-        names.append("num_query_groups")
-    if arguments.get("multi_latent_attention"):
-        names += _LATENT
-    if arguments.get("num_experts") is not None:
-        names += _EXPERTS
+    names = [*_OF_TRAINING, *(name for kind in (SHAPES, MEANING) for group in kind.values() for name in group)]
+    left_out = {*_SPELLED}
+    if not arguments.get("group_query_attention"):
+        left_out.add("num_query_groups")
+    if not arguments.get("multi_latent_attention"):
+        left_out.update(_LATENT)
+    if arguments.get("num_experts") is None:
+        left_out.update(name for name in names if name.startswith("moe_"))
+    names = [name for name in names if name not in left_out]
     flat, problems = _converted(arguments, names, theirs.folder)
     if found + problems:
         raise ConfigError.from_violations(found + problems)
@@ -92,8 +84,10 @@ def tokenizer_of(theirs: MegatronCheckpoint, vocab_size: int) -> TokenizerConfig
     """Theirs where ours has that kind, else one that reads and writes numbers."""
     kind = theirs.arguments.get("tokenizer_type")
     if kind not in TOKENIZER_TYPES or kind == "NullTokenizer":
+        size = theirs.arguments.get("vocab_size") or vocab_size
+        end = theirs.arguments.get("null_tokenizer_eod_id")
         return TokenizerConfig(
-            tokenizer_type="NullTokenizer", vocab_size=theirs.arguments.get("vocab_size") or vocab_size
+            tokenizer_type="NullTokenizer", vocab_size=size, null_tokenizer_eod_id=size - 1 if end is None else end
         )
     names = [one.name for one in dataclasses.fields(TokenizerConfig) if one.name != "trust_remote_code"]
     values, problems = _converted(theirs.arguments, names, theirs.folder)
@@ -112,12 +106,12 @@ def _inexpressible(arguments: Mapping[str, Any], folder: Path) -> Iterator[str]:
 
 
 def _converted(arguments: Mapping[str, Any], names: list[str], folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The named arguments as values of the fields they set, and what cannot be one; missing ones are left out."""
+    """Named arguments as values of the fields they set, and what cannot be one; None and missing ones are left out."""
     hints = get_type_hints(TransformerConfig) | get_type_hints(GPTModelConfig) | get_type_hints(TokenizerConfig)
     values: dict[str, Any] = {}
     problems = []
     for name in names:
-        if name not in arguments:
+        if arguments.get(name) is None:
             continue
         try:
             values[name] = convert(arguments[name], hints[name])

@@ -48,6 +48,25 @@ class PausedSaver(BackgroundSaver):
         super().start(when_told)
 
 
+def test_the_memory_of_copies_is_used_again(tmp_path: Path) -> None:
+    """Also where a tensor has another shape than in the save before. Mutations: the copy of the first save; a view."""
+    saver = BackgroundSaver()
+    tensors = {
+        "a": torch.arange(6.0),
+        "b": torch.ones((), dtype=torch.bfloat16),
+        "c": torch.zeros(3, dtype=torch.uint8),
+    }
+    first = saver.copies(tensors)
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    tensors["a"] += 1
+    tensors["c"] = torch.ones(4, dtype=torch.uint8)
+    second = saver.copies({name: tensors[name] for name in ("a", "c")})
+    assert second.keys() == {"a", "c"}
+    assert torch.equal(second["a"], torch.arange(6.0) + 1)
+    assert torch.equal(second["c"], tensors["c"])
+    assert second["a"].data_ptr() == places["a"] != tensors["a"].data_ptr()
+
+
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
     """The thread writes after the state has changed. Mutations: no copy of tensors, or of what is not tensors."""
     saver = PausedSaver()

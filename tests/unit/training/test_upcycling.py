@@ -50,13 +50,13 @@ def first_loss(monkeypatch, path: Path, dense: Path, *words: str) -> float:
         (["--swiglu"], [*HALVES, "--moe-router-num-groups", "2", "--moe-router-group-topk", "1"]),
     ],
 )
-def test_the_loss_is_that_of_the_dense_model(monkeypatch, tmp_path, dense, shape, experts):
+def test_the_loss_is_that_of_the_dense_model(monkeypatch, tmp_path, dense, trained, shape, experts):
     """Weights with a constant sum over copies of one MLP, or over its parts, change nothing, whatever the router.
 
     Mutations: parts taken by e // N instead of e % N, a bias that each part adds whole, gates and ups of different
     parts (rows split after reordering), no scale with a factor on the scores: another loss.
     """
-    compare_losses(monkeypatch, tmp_path, dense, shape, experts)
+    compare_losses(monkeypatch, tmp_path, dense, trained, shape, experts)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,28 @@ def test_the_loss_is_that_of_the_dense_model(monkeypatch, tmp_path, dense, shape
         (["--swiglu"], [*HALVES, "--moe-router-load-balancing-type", "sinkhorn"]),
     ],
 )
-def test_weights_that_depend_on_logits_sum_to_one_at_zero(monkeypatch, tmp_path, dense, shape, experts):
+def test_weights_that_depend_on_logits_sum_to_one_at_zero(monkeypatch, tmp_path, dense, trained, shape, experts):
     """With rows of the router that are zero.
 
     Mutation: taking a softmax before the choice for the only weighing that does not sum to 1.
     """
-    compare_losses(monkeypatch, tmp_path, dense, shape, [*experts, "--init-method-std", "0"])
+    compare_losses(monkeypatch, tmp_path, dense, trained, shape, [*experts, "--init-method-std", "0"])
 
 
-def compare_losses(monkeypatch, tmp_path, dense, shape, experts):
+@pytest.fixture(scope="module")
+def trained() -> dict[str, tuple[Path, float]]:
+    """Shape of a dense model -> its folder, and its loss in the third step."""
+    return {}
+
+
+def compare_losses(monkeypatch, tmp_path, dense, trained, shape, experts):
     """Of a dense model, and of the same one upcycled."""
     shape = [*shape, "--ffn-hidden-size", "64"]
-    folder = dense(*shape)
-    wanted = first_loss(monkeypatch, tmp_path / "a.jsonl", folder, *shape)
+    name = " ".join(shape)
+    if name not in trained:
+        folder = dense(*shape)
+        trained[name] = folder, first_loss(monkeypatch, tmp_path / "a.jsonl", folder, *shape)
+    folder, wanted = trained[name]
     found = first_loss(monkeypatch, tmp_path / "b.jsonl", folder, *shape, *UPCYCLE, *experts)
     assert found == pytest.approx(wanted, rel=1e-12)
 
