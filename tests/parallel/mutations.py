@@ -505,7 +505,9 @@ def micro_batches_mixed_up():
 
 def loss_of_another_stage():
     """The loss stays on the rank of the last stage; another one reports its own."""
-    return mock.patch.object(step, "_shared", lambda loss, tokens, dp_cp_group, pp_group: (loss, tokens.clamp(min=1.0)))
+    return mock.patch.object(
+        step, "losses_of_all", lambda loss, tokens, dp_cp_group, pp_group: (loss, tokens.clamp(min=1.0))
+    )
 
 
 def tied_gradients_not_summed():
