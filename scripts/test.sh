@@ -12,7 +12,7 @@ ruff check .
 ruff format --check .
 echo "== mypy"
 mypy megatron_lite pretrain_gpt.py tools
-# Two test files at a time; each has worker processes of its own, so more would need more cores. In the order of their
+# Three test files at a time: their worker processes wait for each other a good part of the time, so two leave cores idle. In the order of their
 # names, so that the long ones, which run command lines, do not come last.
 echo "== pytest"
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -66,6 +66,7 @@ def test_experts_train_resume_and_reshard(tmp_path):
     assert two[-1][1] < two[0][1] - 0.1
 
 
+@pytest.mark.full
 def test_upcycled_over_expert_parallel_ranks(tmp_path):
     """A dense run at TP 2, upcycled at EP 2 x FSDP 2 with parts of MLPs: the loss of the dense model's next step.
 

@@ -44,7 +44,7 @@ def train_and_move(
 def test_stages_train_resume_and_move(tmp_path):
     """PP 2 x TP 2, then one process, then four chunks in a V on two ranks with FSDP: equal in float64.
 
-    Resumed at the same layout: bit for bit. Tied embeddings, eight micro-batches, evaluation on the way. Mutations:
+    Tied embeddings, eight micro-batches, evaluation on the way. Mutations:
     after loading, leave the copy of the embeddings as it was initialized (in the V), or the moments of the copy.
     """
     layout = ["--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"]
@@ -53,10 +53,6 @@ def test_stages_train_resume_and_move(tmp_path):
     assert "tensor 2 with sequence x pipeline 2 (1f1b) x data 1" in output
     assert "pipeline rank 1: stage 1 (layers 3 to 4, loss)" in output
     assert "2-way pipeline parallel" in output
-    again = [*DENSE, *layout, "--load", str(tmp_path / "first"), "--ckpt-step", "4", "--save-interval", "100"]
-    pretrain(4, *again, "--metrics-jsonl", str(tmp_path / "again.jsonl"))
-    resumed, first = (training_metrics(tmp_path / name, *NUMBERS) for name in ("again.jsonl", "first.jsonl"))
-    assert resumed == first[4:]
 
 
 def test_dropout_goes_on_in_every_stage(tmp_path):

@@ -172,6 +172,7 @@ def test_resume_at_another_layout(tmp_path):
         assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
 
 
+@pytest.mark.full
 def test_context_parallel_run_resumes_and_reshards(tmp_path):
     """The quickstart model at TP 2 with SP x CP 2: resumed midway it goes on bit for bit, and at CP 1 on one process
     with the same losses in float64, evaluation included.

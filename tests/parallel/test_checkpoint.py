@@ -228,6 +228,7 @@ def load_and_run(rank: int, world_size: int, layout: Layout, root: str, dropout:
     return results, [local(p.detach()).clone() for p in model.parameters()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[1], LAYOUTS[4], LAYOUTS[5], LAYOUTS[8]], ids=lambda x: x.name)
 def test_a_resumed_run_is_bit_exact_with_dropout(pool: WorkerPool, tmp_path: Path, layout: Layout) -> None:
     whole = pool.run(run_and_save, layout, str(tmp_path), 0.1, world_size=layout.world_size)

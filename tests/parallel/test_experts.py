@@ -52,7 +52,9 @@ LAYOUTS = {
     "ep2-etp2-x2": (8, {"ep": 2, "etp": 2, "strategy": "optim", "replicas": 2}),  # edp 2 = 2 replicas of 1 shard
 }
 # What tests/parallel/test_layout_matrix.py does not have: replicas, shards that do not divide, one expert on a rank.
-UNUSUAL = ("tp4-ep2-params", "cp2-ep2-etp2-none", "tp2-cp2-ep4", "tp2-ep2-dp3", "tp2-ep2-etp2", "ep2-x2", "ep2-etp2-x2")
+# Layouts that are in no row of the layout matrix; the others run with --full-matrix.
+BY_DEFAULT = ("tp4-ep2-params", "tp2-cp2-ep4", "ep2-etp2-x2")
+OTHERS = ("cp2-ep2-etp2-none", "tp2-ep2-dp3", "tp2-ep2-etp2", "ep2-x2", "ep2-params", "tp4-ep2")
 SGD = {"optimizer": "sgd", "lr": 0.1, "sgd_momentum": 0.9, "weight_decay": 0.1, "clip_grad": 0.5}
 
 
@@ -99,7 +101,7 @@ def check_as_built(pool, layout, broken=None):
         assert norm == pytest.approx(math.sqrt(elements), rel=1e-14)
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-edp2", *UNUSUAL])
+@pytest.mark.parametrize("layout", ["one", *BY_DEFAULT, *(pytest.param(one, marks=pytest.mark.full) for one in OTHERS)])
 def test_initial_weights_and_norm_of_ones(pool, layout):
     """T11, to the bit, and T26: each element of each expert is counted once.
 
@@ -132,7 +134,8 @@ def check_equals_one_process(pool, layout, micro_batches=1, broken=None, **confi
 
 
 @pytest.mark.parametrize(
-    ("layout", "micro_batches"), [*((layout, 2) for layout in UNUSUAL), ("ep2-params", 1), ("tp4-ep2", 1)]
+    ("layout", "micro_batches"),
+    [*((layout, 2) for layout in BY_DEFAULT), *(pytest.param(one, 2, marks=pytest.mark.full) for one in OTHERS)],
 )
 def test_layout_equals_one_process(pool, layout, micro_batches):
     """T39: scale and group of every expert gradient, and the norm that clips.

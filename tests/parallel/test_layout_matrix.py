@@ -29,7 +29,7 @@ from tests.parallel.layouts import (
 )
 
 STEPS = 20
-STEPS_BY_DEFAULT = 4
+STEPS_BY_DEFAULT = 3
 GRADIENT_BOUND = 1e-9
 WEIGHT_BOUND = 1e-8
 

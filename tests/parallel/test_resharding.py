@@ -1,7 +1,7 @@
 """Checkpoints of every axis of parallelism load at every other: all numbers bit for bit, and the next step to rounding.
 
 The model has latent attention, multi-token prediction, tied embeddings, shared and routed experts with a bias. By
-default four layouts read what two others saved; --full-matrix takes all ordered pairs. Mutations that make it fail:
+default three layouts read what the two others saved; --full-matrix takes all ordered pairs. Mutations that make it fail:
 experts numbered by rank; moments saved without their placements; the copy of the embeddings not filled in the V-shaped
 layout; the expert bias left out; chunks of a rank loaded in another order.
 """
@@ -42,7 +42,7 @@ LAYOUTS = [
     Layout(**MODEL, tp=2, sp=True, cp=2, pp=2, accumulation=6),
 ]
 STEP = 2
-BY_DEFAULT = (2, 5, 10, 12)
+BY_DEFAULT = (2, 5, 10)
 
 
 def make(layout: Layout) -> tuple[list[nn.Module], MegatronOptimizer]:

@@ -234,6 +234,7 @@ def test_pipelines_keep_gradients_and_weights_whole_during_a_step() -> None:
     assert found.gradients == 250 * 4 + 1000 * 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("words", "experts"),
     [

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_lite.datasets.indexed_dataset import IndexedDataset
 from megatron_lite.datasets.preprocessing import PreprocessConfig, preprocess, read_batches
 from megatron_lite.errors import ConfigError
 from megatron_lite.tokenizers import TokenizerConfig
+from tools.preprocess_data import main
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
 
@@ -183,7 +185,11 @@ def test_command_line(corpus, tmp_path):
     assert "100%" in done.stderr
 
 
-def test_command_line_mistakes(corpus, tmp_path):
+def test_command_line_mistakes(corpus, tmp_path, capsys):
+    def command(*arguments):
+        status = main([*map(str, arguments)])
+        return SimpleNamespace(returncode=status, stderr=capsys.readouterr().err)
+
     base = ("--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteLevelTokenizer")
     done = command("--input", tmp_path / "nowhere*", *base)
     assert (done.returncode, "matches no file" in done.stderr) == (2, True)
