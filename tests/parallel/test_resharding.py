@@ -1,9 +1,9 @@
 """Checkpoints of every axis of parallelism load at every other: all numbers bit for bit, and the next step to rounding.
 
 The model has latent attention, multi-token prediction, tied embeddings, shared and routed experts with a bias. By
-default three layouts read what the two others saved; --full-matrix takes all ordered pairs. Mutations that make it fail:
-experts numbered by rank; moments saved without their placements; the copy of the embeddings not filled in the V-shaped
-layout; the expert bias left out; chunks of a rank loaded in another order.
+default three layouts read what the two others saved; --full-matrix takes all ordered pairs. Mutations that make it
+fail: moments saved without their placements; the copy of the embeddings not filled in the V-shaped layout; the expert
+bias left out; layers counted within their stage.
 """
 
 from typing import Any
