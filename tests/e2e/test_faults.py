@@ -52,7 +52,7 @@ def torchrun(folder: Path, fault: str, *arguments: str, restarts: int = 0) -> su
 def test_a_rank_that_hangs_is_found_and_the_run_ends(tmp_path):
     """Rank 1 stands still before iteration 3, and rank 0 waits for it in the forward pass.
 
-    Mutations: the store of training asked, which does not answer during a collective; only the first rank ends.
+    Mutation: only the first rank ends.
     """
     fault = """
     if iteration == 3:

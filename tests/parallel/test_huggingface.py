@@ -105,7 +105,7 @@ def test_logits_equal_those_of_transformers(
 ) -> None:
     """Mutations: keys and values exchanged; gates and ups exchanged; heads instead of query groups counted; a stretch
     of rows read from the beginning of theirs; the index within the rank's part not shifted; experts of the first rank
-    on all; FSDP's chunk taken before the tensor parallel one; the copy of tied embeddings not filled.
+    on all; FSDP's chunk taken before the tensor parallel one.
     """
     folder, expected = saved[name]
     results = pool.run(logits, str(folder), tiny_models.tokens(), layout, strategy, world_size=world_size)
