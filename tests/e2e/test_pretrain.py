@@ -105,7 +105,7 @@ EVERYTHING = [
     *("--num-layers", "4", "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32"),
     *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias", "--moe-aux-loss-coeff", "0.01"),
     *("--moe-token-dispatcher-type", "alltoall", "--disable-bias-linear", "--position-embedding-type", "rope"),
-    *("--fp16", "--initial-loss-scale", "1048576", "--loss-scale-window", "2", "--hysteresis", "1"),
+    *("--fp16", "--initial-loss-scale", "262144", "--loss-scale-window", "2", "--hysteresis", "1"),
     *("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--rampup-batch-size", "4", "4", "16"),
     *("--train-samples", "56", "--lr-warmup-samples", "20", "--lr-decay-style", "cosine"),
 ]
