@@ -244,23 +244,22 @@ def parameters(run: Run, gradients: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
+# Where to look for values that are not finite, the earliest first: (list of the report, its value, in words).
+_SUSPECTS = (
+    ("parameters", "largest", "the parameter {parameter} holds {largest}"),
+    ("forward", "largest", "the output of {module} holds {largest}, and that of no module before it"),
+    ("sequences", "loss", "the loss of sample {sample} is {loss}"),
+    ("backward", "largest", "the gradient of the output of {module} holds {largest}, and no gradient before it"),
+    ("parameters", "gradient_norm", "the gradient of {parameter} holds {gradient_norm}"),
+)
+
+
 def first_broken(report: dict[str, Any]) -> str | None:
     """Where on this rank something is not finite, the earliest first; None if all is well."""
-    for row in report["parameters"]:
-        if isinstance(row["largest"], str):
-            return f"the parameter {row['parameter']} holds {row['largest']}"
-    for row in report["forward"]:
-        if isinstance(row["largest"], str):
-            return f"the output of {row['module']} holds {row['largest']}, and that of no module before it"
-    for row in report["sequences"]:
-        if isinstance(row["loss"], str):
-            return f"the loss of sample {row['sample']} is {row['loss']}"
-    for row in report["backward"]:
-        if isinstance(row["largest"], str):
-            return f"the gradient of the output of {row['module']} holds {row['largest']}, and no gradient before it"
-    for row in report["parameters"]:
-        if isinstance(row["gradient_norm"], str):
-            return f"the gradient of {row['parameter']} holds {row['gradient_norm']}"
+    for rows, value, words in _SUSPECTS:
+        for row in report[rows]:
+            if isinstance(row[value], str):
+                return words.format(**row)
     return None
 
 

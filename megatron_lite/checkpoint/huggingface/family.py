@@ -62,14 +62,7 @@ class Family:
     future_copies: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
 
     def pieces(self, name: str, shape: Sequence[int], sizes: Sizes, layers: int, depths: int = 0) -> list[Piece]:
-        """What a parameter of ours is made of, copies last.
-
-        Args:
-            name: ours.
-            shape: of the whole parameter.
-            sizes: of the model.
-            layers: of the decoder.
-            depths: of multi-token prediction.
+        """What a parameter of ours is made of, copies last; see conversion.filling.Naming.
 
         Raises:
             CheckpointError: models of the family have no such parameter.
