@@ -3,14 +3,24 @@
 Each is a function `step(micro_batches) -> loss` that trains on one global batch and does not wait for the device.
 """
 
+import dataclasses
+import functools
+import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import plain_gpt
+from benchmarks.peers import huggingface, plain_gpt, plain_llama
+from benchmarks.peers.training_loop import build_optimizer
+from benchmarks.peers.training_loop import train_step as peer_step
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
+from megatron_lite.checkpoint.conversion.filling import pieces_of_tensors
+from megatron_lite.checkpoint.conversion.pieces import take
+from megatron_lite.checkpoint.huggingface import Architecture, config_of
+from megatron_lite.checkpoint.model_state import model_tensors
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron_lite.pipeline_parallel import ForwardBackward, get_forward_backward_func
@@ -55,27 +65,48 @@ def build_plain(config: RunConfig, device: torch.device) -> Step:
     Raises:
         ConfigError: the plain loop cannot build that model.
     """
-    shape = plain_shape(config)
+    values = peer_model(config)
     with device:
-        model: nn.Module = plain_gpt.PlainGPT(shape)
-    (whole,) = model_chunks(config, device)
-    model.load_state_dict(plain_state_dict(whole, shape))
+        model = plain_model(values)
+    weights = peer_weights(config, device)
+    if values["model_type"] == "gpt2":
+        # Theirs are stored the other way around, but for the embeddings.
+        inside = {name for name, tensor in weights.items() if ".h." in name and tensor.dim() == 2}
+        weights = {name: tensor.t() if name in inside else tensor for name, tensor in weights.items()}
+    embedding = next(name for name in weights if name.endswith(("wte.weight", "embed_tokens.weight")))
+    weights.setdefault("lm_head.weight", weights[embedding])  # tied
+    model.load_state_dict(weights)
+    return _step_of_peer(config, model, model)
+
+
+def build_huggingface(config: RunConfig, device: torch.device) -> Step:
+    """`transformers` with a plain loop; under --compile the whole model is one torch.compile.
+
+    Raises:
+        ConfigError: `transformers` has no such model.
+    """
+    model = huggingface.build(peer_model(config), peer_weights(config, device)).to(device)
+    return _step_of_peer(config, model, functools.partial(huggingface.loss_of, model))
+
+
+CONTENDERS = {"megatron_lite": build_megatron_lite, "plain": build_plain, "huggingface": build_huggingface}
+PEERS = {"plain": "plain torch", "huggingface": "transformers"}
+
+
+def _step_of_peer(config: RunConfig, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
     chosen = config.optimizer
     assert chosen.lr is not None, "a run has a learning rate"
     betas = (chosen.adam_beta1, chosen.adam_beta2)
-    optimizer = plain_gpt.build_optimizer(model, chosen.lr, betas, chosen.adam_eps, chosen.weight_decay)
-    bf16 = config.transformer.params_dtype == torch.bfloat16
+    optimizer = build_optimizer(model, chosen.lr, betas, chosen.adam_eps, chosen.weight_decay)
+    parameters, bf16 = list(model.parameters()), config.transformer.params_dtype == torch.bfloat16
     if config.training.compile:
         model.compile()
 
     def step(micro_batches: list[MicroBatch]) -> Tensor:
         pairs = [(batch["tokens"], batch["labels"]) for batch in micro_batches]
-        return plain_gpt.train_step(model, optimizer, pairs, bf16=bf16, clip_grad=chosen.clip_grad)
+        return peer_step(loss_of, parameters, optimizer, pairs, bf16=bf16, clip_grad=chosen.clip_grad)
 
     return step
-
-
-CONTENDERS = {"megatron_lite": build_megatron_lite, "plain": build_plain}
 
 
 def model_chunks(config: RunConfig, device: torch.device, compile_layers: bool = False) -> list[nn.Module]:
@@ -93,77 +124,91 @@ def model_chunks(config: RunConfig, device: torch.device, compile_layers: bool =
     )
 
 
-def plain_shape(config: RunConfig) -> plain_gpt.PlainGPTConfig:
-    """The plain loop's description of the same model.
+def peer_model(config: RunConfig) -> dict[str, Any]:
+    """The model of a run as a config.json of `transformers`, which describes it for all peers.
 
     Raises:
-        ConfigError: with each setting that the plain loop does not know.
+        ConfigError: with each setting that the peers do not know.
     """
-    layers, gpt = config.transformer, config.gpt
-    assert gpt.vocab_size is not None, "the command asks for it"
-    assert layers.ffn_hidden_size is not None, "TransformerConfig derives it"
-    tanh_gelu = layers.activation_func is torch.nn.functional.gelu and not layers.gated_linear_unit
+    layers = config.transformer
     required = {
-        "LayerNorm without --apply-layernorm-1p": layers.normalization == "LayerNorm"
-        and not layers.layernorm_zero_centered_gamma,
-        "gelu in its tanh form": tanh_gelu and (layers.openai_gelu or layers.bias_gelu_fusion),
-        "learned positions": gpt.position_embedding_type == "learned_absolute",
-        "biases": layers.add_bias_linear,
-        "one key and value head a query head": layers.num_query_groups == layers.num_attention_heads,
-        "heads that make up the hidden size": layers.kv_channels == layers.hidden_size // layers.num_attention_heads,
-        "no query and key norms": not layers.qk_layernorm,
-        "no sliding window": layers.window_size is None,
         "no dropout": layers.hidden_dropout == layers.attention_dropout == 0.0,
         "no activation recomputation": layers.recompute_granularity is None,
+        "no balance loss of experts": layers.num_moe_experts is None or not any(layers.balance_coefficients),
         "AdamW": config.optimizer.optimizer == "adam",
         "float32 or bfloat16": layers.params_dtype in (torch.float32, torch.bfloat16),
-        "a residual stream in the default dtype and place": not layers.fp32_residual_connection
-        and not layers.apply_residual_connection_post_layernorm,
+        "a residual stream in the default dtype": not layers.fp32_residual_connection,
     }
     missing = [rule for rule, holds in required.items() if not holds]
     if missing:
         raise ConfigError(
-            f"--against plain trains a GPT-2, and this configuration does not have: {', '.join(missing)}. Compare with "
-            "a second configuration instead (--against 'FLAGS')."
+            f"the peers train models with {', '.join(missing)}, and this configuration is another. Compare with a "
+            "second configuration instead (--against 'FLAGS')."
         )
-    return plain_gpt.PlainGPTConfig(
-        num_layers=layers.num_layers,
-        hidden_size=layers.hidden_size,
-        num_heads=layers.num_attention_heads,
-        ffn_hidden_size=layers.ffn_hidden_size,
-        vocab_size=gpt.vocab_size,
-        max_length=gpt.max_position_embeddings or config.sequence_length,
-        tied=gpt.share_embeddings_and_output_weights,
-        norm_epsilon=layers.layernorm_epsilon,
+    family, values = config_of(_architecture(config))
+    if family.model_type not in ("gpt2", "llama", "mixtral"):
+        raise ConfigError(
+            f"the peers train models like GPT-2, Llama or Mixtral, and this configuration is a {family.model_type}. "
+            "Compare with a second configuration instead (--against 'FLAGS')."
+        )
+    return values
+
+
+def check_peer(name: str, config: RunConfig) -> None:
+    """Whether a peer can be measured.
+
+    Raises:
+        ConfigError: it is not installed, or does not know the model.
+    """
+    if name == "huggingface" and importlib.util.find_spec("transformers") is None:
+        raise ConfigError("--against huggingface needs the package transformers: pip install transformers.")
+    peer_model(config)
+
+
+def _architecture(config: RunConfig) -> Architecture:
+    gpt = config.gpt
+    if gpt.max_position_embeddings is None:
+        gpt = dataclasses.replace(gpt, max_position_embeddings=config.sequence_length)
+    return Architecture(config.transformer, gpt, gpt.vocab_size)
+
+
+def plain_model(values: dict[str, Any]) -> nn.Module:
+    """The plain model that a config.json of GPT-2, Llama or Mixtral describes."""
+    if values["model_type"] == "gpt2":
+        return plain_gpt.PlainGPT(
+            plain_gpt.PlainGPTConfig(
+                num_layers=values["n_layer"],
+                hidden_size=values["n_embd"],
+                num_heads=values["n_head"],
+                ffn_hidden_size=values["n_inner"],
+                vocab_size=values["vocab_size"],
+                max_length=values["n_positions"],
+                tied=values["tie_word_embeddings"],
+                norm_epsilon=values["layer_norm_epsilon"],
+            )
+        )
+    return plain_llama.PlainLlama(
+        plain_llama.PlainLlamaConfig(
+            num_layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            num_heads=values["num_attention_heads"],
+            num_key_heads=values["num_key_value_heads"],
+            head_size=values["head_dim"],
+            ffn_hidden_size=values["intermediate_size"],
+            vocab_size=values["vocab_size"],
+            rope_theta=values["rope_theta"],
+            tied=values["tie_word_embeddings"],
+            norm_epsilon=values["rms_norm_eps"],
+            num_experts=values.get("num_local_experts", 0),
+            experts_per_token=values.get("num_experts_per_tok", 0),
+        )
     )
 
 
-_RENAMED = {
-    "input_layernorm": "attention_norm",
-    "self_attention.linear_qkv": "qkv",
-    "self_attention.linear_proj": "proj",
-    "pre_mlp_layernorm": "mlp_norm",
-    "mlp.linear_fc1": "up",
-    "mlp.linear_fc2": "down",
-}
-
-
-def plain_state_dict(model: nn.Module, shape: plain_gpt.PlainGPTConfig) -> dict[str, Tensor]:
-    """The weights of a GPTModel on one rank under the plain model's names, in its order of rows."""
-    ours = {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
-    words = ours["embedding.word_embeddings.weight"]
-    plain = {
-        "token_embedding.weight": words[: shape.vocab_size],
-        "position_embedding.weight": ours["embedding.position_embeddings.weight"],
-        "head.weight": ours.get("output_layer.weight", words)[: shape.vocab_size],
-    }
-    for kind in ("weight", "bias"):
-        plain[f"final_norm.{kind}"] = ours[f"decoder.final_layernorm.{kind}"]
-        for layer in range(shape.num_layers):
-            for name, renamed in _RENAMED.items():
-                plain[f"blocks.{layer}.{renamed}.{kind}"] = ours[f"decoder.layers.{layer}.{name}.{kind}"]
-            qkv = f"blocks.{layer}.qkv.{kind}"
-            # Here the rows of each head stand together, there all queries, then all keys, then all values.
-            by_head = plain[qkv].unflatten(0, (shape.num_heads, 3, -1))
-            plain[qkv] = by_head.transpose(0, 1).flatten(0, 2)
-    return plain
+def peer_weights(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    """The initial float32 weights of a run on one rank, under the names of `transformers` and in its order of rows."""
+    family, _ = config_of(_architecture(config))
+    (model,) = model_chunks(config, device)
+    tensors = model_tensors([model])
+    pieces = pieces_of_tensors(tensors, family, model)
+    return {piece.name: take(piece, local(tensors[name])).clone() for name, found in pieces.items() for piece in found}

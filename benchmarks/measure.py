@@ -1,23 +1,26 @@
-"""Measuring training loops side by side: one process per side, taking turns (A B, B A, A B, ...).
+"""Measuring training loops side by side: each in its own processes, taking turns (A B C, C B A, A B C, ...).
 
 Processes of their own give each side its own peak memory and the same settings of threads; taking turns in short
-windows spreads what else the machine does over both. On a CPU the processor time of the process counts, which hardly
+windows spreads what else the machine does over all. On a CPU the processor time of the processes counts, which hardly
 depends on other programs; on a GPU the time on the clock, with the device idle at both ends of a window.
 """
 
 import multiprocessing
 import os
 import resource
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.contenders import CONTENDERS, Step
+from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.errors import ConfigError
 from megatron_lite.training.batches import MicroBatch
@@ -30,11 +33,21 @@ DIFFERENT_BATCHES = 8
 
 @dataclass(frozen=True)
 class Side:
-    """One training loop to measure: what the table calls it, a key of CONTENDERS, and flags of pretrain_gpt.py."""
+    """One training loop to measure: what the table calls it, a key of CONTENDERS, and flags of pretrain_gpt.py.
+
+    Attributes:
+        ranks: processes that run it together.
+    """
 
     name: str
     contender: str
     arguments: tuple[str, ...]
+    ranks: int = 1
+
+    @property
+    def config(self) -> RunConfig:
+        """The validated run of all its ranks."""
+        return configuration(self.arguments, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -43,10 +56,10 @@ class Window:
 
     Attributes:
         steps: optimizer steps measured.
-        wall_seconds: time on the clock.
-        cpu_seconds: processor time of the process, user and system.
+        wall_seconds: time on the clock, of the slowest rank.
+        cpu_seconds: processor time of the processes, user and system.
         matmul_flops: operations per second (per CPU-second on a CPU) of a large matrix product in the same dtype.
-        peak_memory: bytes; resident on a CPU, allocated on a GPU, since the warm-up.
+        peak_memory: bytes of the largest rank; resident on a CPU, allocated on a GPU, since the warm-up.
         loss: of the last step.
     """
 
@@ -67,17 +80,21 @@ class Measured:
     windows: list[Window] = field(default_factory=list)
 
 
-def configuration(arguments: Sequence[str]) -> RunConfig:
-    """The validated run of one process that these flags describe.
+def configuration(arguments: Sequence[str], ranks: int = 1) -> RunConfig:
+    """The validated run of so many processes that these flags describe.
 
     Raises:
-        ConfigError: as parse_args, or the size of the vocabulary is missing.
+        ConfigError: as parse_args, or the size of the vocabulary is missing, or sequences are split over ranks.
     """
-    config = parse_args(list(arguments), DEFAULTS)
+    with _environment(WORLD_SIZE=str(ranks)):
+        config = parse_args(list(arguments), DEFAULTS)
     if config.gpt.vocab_size is None:
         raise ConfigError("vocab_size is not given, but a benchmark has no tokenizer to ask: write --vocab-size N.")
-    if config.world_size > 1:
-        raise ConfigError(f"WORLD_SIZE is {config.world_size}, but the benchmark starts its processes itself.")
+    if config.transformer.context_parallel_size > 1:
+        raise ConfigError(
+            f"context_parallel_size is {config.transformer.context_parallel_size}, but this benchmark does not split "
+            "sequences: python -m benchmarks.context_parallel measures that."
+        )
     return config
 
 
@@ -92,50 +109,87 @@ def measure(sides: Sequence[Side], *, steps: int, warmup: int, rounds: int, thre
         threads: CPU threads of each side.
     """
     with ExitStack() as stack:
-        connections = [stack.enter_context(_process(side, warmup, threads)) for side in sides]
+        connections = [stack.enter_context(_processes(side, warmup, threads)) for side in sides]
         # One starts after the other has started: compiling at the same time would tell nothing about start-up.
         measured = []
-        for side, connection in zip(sides, connections, strict=True):
-            connection.send(0)
-            measured.append(Measured(side, connection.recv()))
+        for side, ranks in zip(sides, connections, strict=True):
+            measured.append(Measured(side, max(_ask(ranks, 0))))
         turns = list(zip(measured, connections, strict=True))
         for _ in range(rounds):
-            for result, connection in turns:
-                connection.send(steps)
-                result.windows.append(connection.recv())
+            for result, ranks in turns:
+                result.windows.append(_together(_ask(ranks, steps)))
             turns.reverse()
     return measured
 
 
+def _ask(ranks: list[Connection], what: int) -> list[Any]:
+    """The answer of every rank of a side."""
+    for rank in ranks:
+        rank.send(what)
+    return [rank.recv() for rank in ranks]
+
+
+def _together(windows: list[Window]) -> Window:
+    """The window of a side from those of its ranks."""
+    return replace(
+        windows[-1],
+        wall_seconds=max(window.wall_seconds for window in windows),
+        cpu_seconds=sum(window.cpu_seconds for window in windows),
+        peak_memory=max(window.peak_memory for window in windows),
+    )
+
+
 @contextmanager
-def _process(side: Side, warmup: int, threads: int) -> Iterator[Connection]:
-    """A process that serves one side; it ends with the block."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, side, warmup, threads))
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for the time of a block."""
     before = dict(os.environ)
-    # OpenMP reads these once, when the process loads torch. Waiting threads sleep: spinning is time nobody worked.
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= variables
     try:
-        process.start()
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-    theirs.close()  # so that recv() raises EOFError if the process dies
+
+
+@contextmanager
+def _processes(side: Side, warmup: int, threads: int) -> Iterator[list[Connection]]:
+    """The processes of one side, a connection to each; they end with the block."""
+    context = multiprocessing.get_context("spawn")
+    # OpenMP reads these once, when the process loads torch. Waiting threads sleep: spinning is time nobody worked.
+    variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if side.ranks > 1:
+        variables |= {"WORLD_SIZE": str(side.ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
+    connections, processes = [], []
+    for rank in range(side.ranks):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, side, warmup, threads))
+        with _environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank)):
+            process.start()
+        theirs.close()  # so that recv() raises EOFError if the process dies
+        connections.append(ours)
+        processes.append(process)
     try:
-        yield ours
+        yield connections
     finally:
-        ours.close()
-        process.join(timeout=60)
-        process.terminate()
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            process.join(timeout=60)
+            process.terminate()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
 
 
 def _serve(connection: Connection, side: Side, warmup: int, threads: int) -> None:
     """Wait for the word to start, build and warm up, then measure windows as long as they are asked for."""
     connection.recv()
-    torch.set_num_threads(threads)
-    config = configuration(side.arguments)
+    config = side.config
     with distributed_environment(config) as device:
+        torch.set_num_threads(threads)
         started = time.perf_counter()
         batches = synthetic_batches(config, device)
         step = CONTENDERS[side.contender](config, device)
@@ -170,7 +224,7 @@ def _window(
 
 
 def synthetic_batches(config: RunConfig, device: torch.device) -> list[list[MicroBatch]]:
-    """Global batches of random tokens, on the device, the same for every side."""
+    """This rank's share of global batches of random tokens, on the device; the batches are the same for every side."""
     size, length, vocabulary = config.training.micro_batch_size or 1, config.sequence_length, config.gpt.vocab_size
     assert vocabulary is not None, "checked in configuration()"
     generator = torch.Generator().manual_seed(config.rng.seed)
@@ -186,7 +240,8 @@ def synthetic_batches(config: RunConfig, device: torch.device) -> list[list[Micr
                 "position_ids": torch.arange(length).repeat(size, 1),
             }
             micro_batches.append({name: tensor.to(device) for name, tensor in batch.items()})
-        global_batches.append(micro_batches)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        global_batches.append(micro_batches[rank::ranks])
     return global_batches
 
 

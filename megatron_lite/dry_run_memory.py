@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_lite.arguments import RunConfig
 from megatron_lite.transformer.attention_choices import cp_comm_type_of
+from megatron_lite.transformer.moe.experts import weighs_output
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 
 
@@ -228,7 +229,8 @@ def _of_mlp(run: RunConfig) -> float:
 
 def _of_experts(run: RunConfig) -> float:
     """What a layer of experts keeps, per token, when the load is even: for each of the topk choices the row (h) and
-    three activations of one expert, gated five, split over expert tensor ranks; and the shared experts' activations.
+    two activations of one expert, gated four, split over expert tensor ranks, with what its probability weighs: one
+    more of them, or the output (h); and the shared experts' activations.
 
     A rank routes 1 / tp of the tokens, and gets as many rows from others as it sends, on each expert tensor rank.
     Recomputing moe_act keeps the output of the first product only (one activation, gated two), recomputing moe none
@@ -240,8 +242,11 @@ def _of_experts(run: RunConfig) -> float:
         return 0.0
     tp, etp = c.tensor_model_parallel_size, c.expert_tensor_parallel_size or c.tensor_model_parallel_size
     first = 2 if c.gated_linear_unit else 1
-    kept = first if "moe_act" in recomputed else 2 * first + 1
-    row = c.hidden_size + kept * (c.moe_ffn_hidden_size or 0) / etp
+    width = (c.moe_ffn_hidden_size or 0) / etp
+    kept = first * width
+    if "moe_act" not in recomputed:
+        kept += first * width + (c.hidden_size if weighs_output(c) else width)
+    row = c.hidden_size + kept
     shared = (3 if c.gated_linear_unit else 2) * (c.moe_shared_expert_intermediate_size or 0) / tp
     return c.moe_router_topk * row * etp / tp + shared
 

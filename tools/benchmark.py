@@ -1,8 +1,9 @@
-"""Measure training speed against a plain torch loop, or against a second configuration, in turns.
+"""Measure training speed against other training loops, or against a second configuration, in turns.
 
 python tools/benchmark.py --config benchmarks/configs/gpt_cpu.yaml --dtype fp32 bf16 --compile off on
-python tools/benchmark.py --config benchmarks/configs/gpt_1b.yaml --against plain --output results/1b
+python tools/benchmark.py --config benchmarks/configs/llama_1b.yaml --against plain huggingface --output results/1b
 python tools/benchmark.py --config benchmarks/configs/gpt_cpu.yaml --against "--swiglu --ffn-hidden-size 688"
+python tools/benchmark.py --against "--nproc-per-node 2 --tensor-model-parallel-size 2"
 
 All flags of pretrain_gpt.py work here too, and describe the model, batch and optimizer. benchmarks/README.md explains
 what the numbers mean.
@@ -34,12 +35,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="Preset; default %(default)s.")
+    parser.add_argument(
+        "--config", nargs="+", default=[DEFAULT_CONFIG], metavar="FILE", help="Presets; default %(default)s."
+    )
     parser.add_argument(
         "--against",
-        default="plain",
-        metavar="plain|FLAGS|nothing",
-        help="What to take turns with: the plain torch loop, this framework with further flags, or nothing.",
+        nargs="+",
+        default=["plain"],
+        metavar="plain|huggingface|FLAGS|nothing",
+        help="What to take turns with: the plain torch loop, the package transformers, this framework with further "
+        "flags (in one word), or nothing.",
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Processes of this framework, as torchrun has it; among the FLAGS of --against also of that side.",
     )
     parser.add_argument(
         "--dtype", nargs="+", choices=("fp32", "bf16"), metavar="fp32|bf16", help="Default as configured."
@@ -60,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, flags = build_parser().parse_known_args(words)
     try:
-        for name in ("steps", "rounds", "threads"):
+        for name in ("steps", "rounds", "threads", "nproc_per_node"):
             if getattr(arguments, name) < 1:
                 raise ConfigError(f"{name} is {getattr(arguments, name)}, but it must be at least 1.")
-        result = run(arguments, ["--config", arguments.config, *flags])
+        result = run(arguments, flags)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,14 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """Measure each combination of dtype and compilation; the environment is that of the beginning."""
+    """Measure each combination of model, dtype and compilation; the environment is that of the beginning."""
     device = training_device()
     cases = [
-        (flags + dtype + compiled)
-        for dtype in _dtype_flags(arguments.dtype, flags)
+        (["--config", config, *flags, *dtype, *compiled])
+        for config in arguments.config
+        for dtype in _dtype_flags(arguments.dtype, ["--config", config, *flags], arguments.nproc_per_node)
         for compiled in ([["--compile"] if mode == "on" else [] for mode in arguments.compile or ["on"]])
     ]
-    all_sides = [sides_of(case, arguments.against) for case in cases]
+    all_sides = [sides_of(case, arguments.against, arguments.nproc_per_node) for case in cases]
     result: dict[str, Any] = {
         "environment": report.environment(device, arguments.threads),
         "settings": {name: getattr(arguments, name) for name in ("steps", "warmup", "rounds", "threads")},
@@ -95,8 +108,9 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         "mfu": report.MFU_MEANING[device.type],
         "cases": [],
     }
-    for sides in all_sides:
-        print(f"measuring {' against '.join(side.name for side in sides)} ...", file=sys.stderr, flush=True)
+    for number, sides in enumerate(all_sides, 1):
+        names = " against ".join(side.name for side in sides)
+        print(f"{number} of {len(all_sides)}: measuring {names} ...", file=sys.stderr, flush=True)
         measured: list[Measured] = measure(
             sides,
             steps=arguments.steps,
@@ -104,36 +118,48 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             rounds=arguments.rounds,
             threads=arguments.threads,
         )
-        result["cases"].append(report.summarize(report.Case(configuration(sides[0].arguments), measured), device))
+        result["cases"].append(report.summarize(report.Case(sides[0].config, measured), device))
     return result
 
 
-def _dtype_flags(dtypes: Sequence[str] | None, flags: list[str]) -> list[list[str]]:
+def _dtype_flags(dtypes: Sequence[str] | None, flags: list[str], ranks: int) -> list[list[str]]:
     if dtypes is None:
         return [[]]
-    if configuration(flags).transformer.params_dtype.itemsize != 4:
+    if configuration(flags, ranks).transformer.params_dtype.itemsize != 4:
         raise ConfigError("--dtype is given, but the configuration sets a dtype too; keep one of them.")
     return [["--bf16"] if dtype == "bf16" else [] for dtype in dtypes]
 
 
-def sides_of(flags: list[str], against: str) -> list[Side]:
+def sides_of(flags: list[str], against: Sequence[str], ranks: int = 1) -> list[Side]:
     """This framework, and what it is compared with.
 
     Raises:
-        ConfigError: flags that do not make a run, or a model that the plain loop cannot build.
+        ConfigError: flags that do not make a run, a model that the peers cannot build, or a peer that is not there.
     """
-    config = configuration(flags)
-    ours = Side("megatron_lite", "megatron_lite", tuple(flags))
-    if against == "nothing":
-        return [ours]
-    if against == "plain":
-        contenders.plain_shape(config)
-        return [ours, Side("plain torch", "plain", tuple(flags))]
-    second = (*flags, *shlex.split(against))
-    other = configuration(second)
-    if (other.global_batch_size, other.sequence_length) != (config.global_batch_size, config.sequence_length):
-        raise ConfigError("--against changes the tokens of a step, so rates could not be compared; keep the batch.")
-    return [ours, Side(f"with {against}", "megatron_lite", second)]
+    sides = [Side("megatron_lite", "megatron_lite", tuple(flags), ranks)]
+    config = sides[0].config
+    for other in against:
+        if other == "nothing":
+            continue
+        if other in contenders.PEERS:
+            contenders.check_peer(other, config)
+            sides.append(Side(contenders.PEERS[other], other, tuple(flags)))
+            continue
+        side = _second_configuration(flags, other)
+        second = side.config
+        if (second.global_batch_size, second.sequence_length) != (config.global_batch_size, config.sequence_length):
+            raise ConfigError("--against changes the tokens of a step, so rates could not be compared; keep the batch.")
+        sides.append(side)
+    return sides
+
+
+def _second_configuration(flags: list[str], further: str) -> Side:
+    """This framework with further flags, of which --nproc-per-node says on how many ranks."""
+    words = shlex.split(further)
+    ranks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ranks.add_argument("--nproc-per-node", type=int, default=1)
+    given, words = ranks.parse_known_args(words)
+    return Side(f"with {further}", "megatron_lite", (*flags, *words), given.nproc_per_node)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ All tensors are [s, b, n, d] as in the rest of the model; keys and values may ha
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 _aten = torch.ops.aten
 
@@ -82,6 +84,9 @@ def attention_block(
     """
     if _takes_flash(backend, key, lengths, window):
         return _flash(query, key, value, causal, scale, lengths, window)
+    if backend == "flash_cpu":
+        # Its products are up to a third slower with heads cut out of a wider tensor.
+        query, key, value = (x.contiguous() for x in (query, key, value))
     q, k, v = (_heads_first(x) for x in (query, key, value))
     if backend == "cudnn":
         arguments = (None, True, 0.0, causal, False)  # no bias, with log_sum, no dropout, no debug mask
@@ -124,21 +129,37 @@ def attention_block_backward(
         return _flash_backward(grad, query, key, value, out, log_sum, causal, scale, lengths, window)
     if backend == "cudnn":
         return _cudnn_backward(grad, query, key, value, out, log_sum, causal, scale)
+    if backend == "flash_cpu":
+        return _flash_cpu_backward(grad, query, key, value, out, log_sum, causal, scale, window)
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     sums = log_sum.permute(1, 2, 0)
-    # CPU's kernel adds up the heads that share a key in their dtype; 16 bits are too few for that.
-    shared = backend == "flash_cpu" and q.element_size() > 2
-    keys, values = (k, v) if shared else (_repeat(k, q), _repeat(v, q))
-    if backend == "flash_cpu":
-        mask = None if window < 0 else _additive(q, k, window)
-        triangle = causal and mask is None
-        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            g, q, keys, values, o, sums, 0.0, triangle, attn_mask=mask, scale=scale
-        )
-    else:
-        dq, dk, dv = _eager_backward(g, q, keys, values, o, sums, causal, scale, window)
+    dq, dk, dv = _eager_backward(g, q, _repeat(k, q), _repeat(v, q), o, sums, causal, scale, window)
     dq, dk, dv = (x.permute(2, 0, 1, 3) for x in (dq, _sum_repeated(dk, k), _sum_repeated(dv, v)))
     return dq, dk, dv
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, backend: str) -> Tensor:
+    """`attention_block` with its gradient: [sq, b, n, d] from queries [sq, b, n, d] and all their keys."""
+    if backend == "flash_cpu":
+        query, key, value = (x.contiguous() for x in (query, key, value))  # here, so that backward finds them so
+    return _Attention.apply(query, key, value, causal, scale, backend)  # type: ignore[no-any-return]
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, backend: str
+    ) -> Tensor:
+        out, log_sum = attention_block(query, key, value, causal, scale, backend)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.how = causal, scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = attention_block_backward(grad, *ctx.saved_tensors, *ctx.how)
+        return *grads, None, None, None
 
 
 def merge(out: Tensor, log_sum: Tensor, block_out: Tensor, block_log_sum: Tensor) -> None:
@@ -209,6 +230,28 @@ def _flash_backward(
     return dq, dk, dv
 
 
+def _flash_cpu_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32 for half precision: torch's kernel takes twice as long there, and sums shared heads in 16 bits."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    g, q, k, v, o = (x.to(wide).contiguous().permute(1, 2, 0, 3) for x in (grad, query, key, value, out))
+    mask = None if window < 0 else _additive(q, k, window)
+    grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, o, log_sum.permute(1, 2, 0), 0.0, causal and mask is None, attn_mask=mask, scale=scale
+    )
+    dq, dk, dv = (x.permute(2, 0, 1, 3).to(query.dtype) for x in grads)
+    return dq, dk, dv
+
+
 def _cudnn_backward(
     grad: Tensor,
     query: Tensor,
@@ -246,7 +289,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:
-    """x, copied if the numbers of a head are not neighbours in memory; CPU's kernel would read others."""
+    """x, copied if the numbers of a head are not neighbours in memory, as the kernels take for granted."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

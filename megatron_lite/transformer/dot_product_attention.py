@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_lite.context_parallel import PackedSeqParams, SequenceLayout
 from megatron_lite.context_parallel.attention import ContextParallelism
 from megatron_lite.errors import ConfigError
-from megatron_lite.ops.attention_block import choose_backend
+from megatron_lite.ops.attention_block import attention, choose_backend
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_parameter
@@ -178,8 +178,7 @@ class DotProductAttention(MegatronModule):
 
         Otherwise torch's SDPA is as good or better. It also checks shapes, and broadcasts some that blocks cannot do.
         """
-        fits = query.shape[:2] == key.shape[:2] and query.size(-1) == key.size(-1) and key.shape == value.shape
-        if not fits or query.size(2) % key.size(2) or not self._fits_blocks(causal):
+        if query.size(0) != key.size(0) or not _heads_fit(query, key, value) or not self._fits_blocks(causal):
             return False
         hides = self.window_size is not None and 0 <= self.window_size[0] < key.size(0) * self.context.size - 1
         kernel = choose_backend(query, self.config.attention_backend)
@@ -228,16 +227,23 @@ class DotProductAttention(MegatronModule):
         causal: bool,
         scale: float,
     ) -> Tensor:
-        """Attention of whole sequences by torch's SDPA: [sq, b, n, d] -> [sq, b, n, d]."""
+        """Attention of whole sequences by torch's SDPA: [sq, b, n, d] -> [sq, b, n, d].
+
+        On a CPU the kernel behind it is called by ourselves where it can be: `attention_block` knows how it is fast.
+        """
         lengths = query.size(0), key.size(0)
         plain = mask is None and sinks is None and self._needs_no_mask(*lengths, causal)
+        dropout = self.attention_dropout if self.training else 0.0
+        triangle = causal and lengths[0] > 1
+        backend = choose_backend(query, self.config.attention_backend)
+        if backend == "flash_cpu" and plain and dropout == 0.0 and _heads_fit(query, key, value):
+            return attention(query, key, value, triangle, scale, backend)
         visible = None if plain else visible_positions(*lengths, causal, self.window_size, query.device)
         if visible is not None and mask is not None:
             visible = visible & ~mask
         if visible is not None and sinks is not None:
             key, value = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (key, value))
             visible = _with_sinks(visible, sinks, query.dtype)
-        dropout = self.attention_dropout if self.training else 0.0
         with contextlib.ExitStack() as scope:
             if dropout > 0.0:
                 scope.enter_context(get_cuda_rng_tracker().fork())
@@ -249,7 +255,7 @@ class DotProductAttention(MegatronModule):
                 value.permute(1, 2, 0, 3),
                 attn_mask=visible,
                 dropout_p=dropout,
-                is_causal=plain and causal and lengths[0] > 1,
+                is_causal=plain and triangle,
                 scale=scale,
                 enable_gqa=key.size(2) != query.size(2),
             )
@@ -331,6 +337,16 @@ class DotProductAttention(MegatronModule):
         reaches_back = left < 0 or left >= key_length - 1
         reaches_on = causal or right < 0 or right >= key_length - 1
         return reaches_back and reaches_on and (not causal or query_length in (1, key_length))
+
+
+def _heads_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether every query head has a key head and a value head, all of one width."""
+    return (
+        key.shape == value.shape
+        and query.shape[1:-2] == key.shape[1:-2]
+        and query.size(-1) == key.size(-1)
+        and query.size(-2) % key.size(-2) == 0
+    )
 
 
 def _with_sinks(visible: Tensor, sinks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,9 +6,12 @@ differ in the inverse frequencies (and, YaRN, in the length of the rotated vecto
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 RotaryTables = tuple[Tensor, Tensor]
 
@@ -139,13 +142,35 @@ def apply_rotary_pos_emb(x: Tensor, tables: RotaryTables, rotary_interleaved: bo
         [s, b, ..., d] in the dtype of x.
     """
     cos, sin = (table.reshape(*table.shape[:2], *[1] * (x.dim() - 3), -1) for table in tables)
+    return _Rotate.apply(x, cos, sin, rotary_interleaved)  # type: ignore[no-any-return]
+
+
+class _Rotate(Function):
+    """The gradient is rotated back by the same angles, so nothing is kept but the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotated(x, cos, sin, interleaved)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x cos + partner(x) sin, where the partner of (first, second) is (-second, first)."""
     dim = 2 * cos.size(-1)
-    rotated, unchanged = x[..., :dim], x[..., dim:]
-    if rotary_interleaved:
-        first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        first, second = rotated.chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    if rotary_interleaved:
-        return torch.cat((torch.stack(turned, dim=-1).flatten(-2), unchanged), dim=-1)
-    return torch.cat((*turned, unchanged), dim=-1)
+    turning = x[..., :dim]
+    first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    partner = _joined(second, first, interleaved)
+    turned = partner.mul_(_joined(-sin, sin, interleaved)).addcmul_(turning, _joined(cos, cos, interleaved))
+    return turned if dim == x.size(-1) else torch.cat((turned, x[..., dim:]), dim=-1)
+
+
+def _joined(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+    """The channels of all pairs in their places: two of [..., dim/2] -> [..., dim]."""
+    return torch.stack((first, second), dim=-1).flatten(-2) if interleaved else torch.cat((first, second), dim=-1)

@@ -12,9 +12,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import CONTENDERS, plain_shape
+from benchmarks.contenders import CONTENDERS, peer_model, plain_model
 from benchmarks.measure import Window, configuration, synthetic_batches
-from benchmarks.peers.plain_gpt import PlainGPT
 from benchmarks.report import Case
 from megatron_lite import parallel_state
 
@@ -34,6 +33,14 @@ def tool():
     return module
 
 
+LLAMA = (
+    *("--normalization", "RMSNorm", "--position-embedding-type", "rope", "--swiglu", "--disable-bias-linear"),
+    "--untie-embeddings-and-output-weights",
+)
+EXPERTS = (*LLAMA, "--num-experts", "4", "--moe-router-load-balancing-type", "none", "--moe-grouped-gemm")
+PEERS = ["plain", "huggingface"] if importlib.util.find_spec("transformers") else ["plain"]
+
+
 @pytest.fixture
 def world():
     """A world of one process."""
@@ -49,6 +56,7 @@ def losses(contender: str, *flags: str, steps: int = 4) -> list[float]:
     return [step(batches[number % 2]).item() for number in range(steps)]
 
 
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize(
     "flags",
     [
@@ -57,30 +65,35 @@ def losses(contender: str, *flags: str, steps: int = 4) -> list[float]:
         ("--global-batch-size", "6"),
         ("--lr", "0.05", "--init-method-std", "0.3", "--clip-grad", "0.1"),
         ("--vocab-size", "200"),
+        (*LLAMA, "--group-query-attention", "--num-query-groups", "2"),
+        EXPERTS,
     ],
-    ids=["tied", "untied", "accumulation", "clipped", "padded-vocabulary"],
+    ids=["tied", "untied", "accumulation", "clipped", "padded-vocabulary", "llama", "experts"],
 )
-def test_both_sides_train_the_same_model(world, flags):
+def test_both_sides_train_the_same_model(world, flags, peer):
     """The first loss compares the models and their weights, later ones gradients, clipping and AdamW."""
-    ours, plain = losses("megatron_lite", *flags), losses("plain", *flags)
-    assert ours == pytest.approx(plain, rel=2e-5)
+    ours, theirs = losses("megatron_lite", *flags), losses(peer, *flags)
+    assert ours == pytest.approx(theirs, rel=2e-5)
     assert ours[2] < ours[0]
 
 
-def test_both_sides_train_the_same_model_in_bf16(world):
+@pytest.mark.parametrize("peer", PEERS)
+def test_both_sides_train_the_same_model_in_bf16(world, peer):
     """bfloat16 has 8 bits of mantissa; the losses of another seed are further away than this."""
-    ours, plain = losses("megatron_lite", "--bf16"), losses("plain", "--bf16")
-    assert ours == pytest.approx(plain, rel=1e-3)
-    assert losses("plain", "--bf16", "--seed", "7") != pytest.approx(ours, rel=1e-3)
+    ours, theirs = losses("megatron_lite", "--bf16"), losses(peer, "--bf16")
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert losses(peer, "--bf16", "--seed", "7") != pytest.approx(ours, rel=1e-3)
 
 
-def test_operations_are_those_that_torch_counts():
+@pytest.mark.parametrize("flags", [(), LLAMA], ids=["gpt", "llama"])
+def test_operations_are_those_that_torch_counts(flags):
     """The formula against torch's counter on the plain model; attention is counted as the half that is not masked."""
-    config = configuration(SMALL)
-    model, batches = PlainGPT(plain_shape(config)), synthetic_batches(config, CPU)
-    batch = batches[0][0]
+    config = configuration((*SMALL, *flags))
+    model = plain_model(peer_model(config))
+    length = config.sequence_length
+    tokens = torch.randint(0, 256, (2, length))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(batch["tokens"], batch["labels"]).backward()
+        model(tokens, tokens).backward()
     counted = counter.get_flop_counts()["Global"]
     attention = counted.pop(torch.ops.aten.bmm)
     assert Case(config, []).flops_per_step == sum(counted.values()) + attention / 2
@@ -121,10 +134,23 @@ def test_report(tmp_path, capsys):
 
 def test_sides():
     """A second configuration is this framework with further flags."""
-    ours, other = tool().sides_of(list(SMALL), "--normalization RMSNorm")
-    assert (ours.contender, other.contender) == ("megatron_lite", "megatron_lite")
+    ours, plain, other = tool().sides_of(list(SMALL), ["plain", "--normalization RMSNorm"])
+    assert [side.contender for side in (ours, plain, other)] == ["megatron_lite", "plain", "megatron_lite"]
     assert other.arguments == (*SMALL, "--normalization", "RMSNorm")
-    assert len(tool().sides_of(list(SMALL), "nothing")) == 1
+    assert len(tool().sides_of(list(SMALL), ["nothing"])) == 1
+
+
+def test_a_side_on_two_ranks(tmp_path, capsys):
+    """Tensor parallel ranks reach the loss of one process; --nproc-per-node among the flags says how many there are."""
+    output = tmp_path / "two"
+    two = "--nproc-per-node 2 --tensor-model-parallel-size 2"
+    settings = ["--steps", "1", "--rounds", "1", "--warmup", "0", "--output", str(output)]
+    assert tool().main([*SMALL, "--against", two, *settings]) == 0
+    (case,) = json.loads(output.with_name("two.json").read_text())["cases"]
+    one, other = case["sides"]
+    assert (one["ranks"], other["ranks"]) == (1, 2)
+    assert one["last_loss"] == pytest.approx(other["last_loss"], rel=1e-5)
+    assert f"with {two}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -132,7 +158,9 @@ def test_sides():
     [
         (["--rounds", "0"], "rounds is 0"),
         (["--bf16", "--dtype", "fp32"], "keep one of them"),
-        (["--swiglu", "--normalization", "RMSNorm"], "gelu in its tanh form"),
+        (["--qk-layernorm", "--swiglu", "--normalization", "RMSNorm"], "no model type of transformers"),
+        (["--attention-dropout", "0.1"], "no dropout"),
+        (["--nproc-per-node", "2", "--context-parallel-size", "2"], "benchmarks.context_parallel"),
         (["--against", "--seq-length 8"], "keep the batch"),
         (["--hiden-size", "8"], "--hidden-size"),
     ],

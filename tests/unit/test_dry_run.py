@@ -149,17 +149,17 @@ def test_experts_without_copies_are_not_gathered() -> None:
 
 
 def test_activations_of_experts() -> None:
-    """3 of 4 layers: for each of 2 choices a row of 256 and five activations of 512; moe_act keeps two of them.
+    """3 of 4 layers: for each of 2 choices rows of 256 on both sides and four activations of 512; moe_act keeps two.
 
     That these are kept is tested in transformer/moe/test_experts.py.
     """
     dense = 4 * 256 + 32 * 32
     words = ["--recompute-granularity", "selective", "--recompute-modules"]
-    for modules, kept in ((["core_attn"], 2 * (256 + 5 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
+    for modules, kept in ((["core_attn"], 2 * (2 * 256 + 4 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
         run = run_of("quickstart_moe", 2, *words, *modules)
         assert activation_bytes(run) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * kept)
     shared = run_of("quickstart_moe", 2, *words, "core_attn", "--moe-shared-expert-intermediate-size", "128")
-    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (256 + 5 * 512) + 3 * 128))
+    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (2 * 256 + 4 * 512) + 3 * 128))
 
 
 @pytest.mark.parametrize(("etp", "rows"), [(1, 1), (2, 2), (4, 4)])
@@ -171,7 +171,7 @@ def test_activations_of_experts_over_tensor_ranks(etp: int, rows: int) -> None:
     words = f"--tensor-model-parallel-size 4 --expert-tensor-parallel-size {etp} --expert-model-parallel-size 1"
     words += " --sequence-parallel --moe-shared-expert-intermediate-size 128 --moe-layer-freq 1"
     attention = 256 + 32 * 32 // 4
-    experts = 2 * rows * (256 + 5 * 512 // etp) // 4 + 3 * 128 // 4
+    experts = 2 * rows * (2 * 256 + 4 * 512 // etp) // 4 + 3 * 128 // 4
     assert activation_bytes(run_of("quickstart_moe", 4, *words.split())) == 8 * 256 * 4 * 4 * (attention + experts)
 
 
@@ -394,7 +394,7 @@ def test_multi_token_prediction_takes_memory_in_the_last_stage() -> None:
     words = "--mtp-num-layers 2 --position-embedding-type rope --moe-layer-freq [0,0,0,1] --micro-batch-size 2 "
     words += "--global-batch-size 16 --expert-model-parallel-size 1"
     unit, attention = 2 * 256 * 4, 4 * 256 + 32 * 32
-    dense, experts = attention + 3 * 1024, attention + 2 * (256 + 5 * 512)
+    dense, experts = attention + 3 * 1024, attention + 2 * (2 * 256 + 4 * 512)
     depths = 2 * (5 * 256 + experts)
     assert activation_bytes(run_of("quickstart_moe", 1, *words.split())) == unit * (3 * dense + experts + depths)
     pipeline = [*words.split(), "--pipeline-model-parallel-size", "4"]

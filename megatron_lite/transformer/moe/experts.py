@@ -1,6 +1,5 @@
 """GroupedMLP: the feed-forward blocks of this rank's experts, computed together in grouped products."""
 
-import functools
 from typing import Any
 
 import torch
@@ -12,15 +11,31 @@ from megatron_lite.ops.grouped_linear import Before, grouped_linear
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_expert_parameter
-from megatron_lite.transformer.mlp import activation_function, gated_activation
+from megatron_lite.transformer.mlp import (
+    activation_function,
+    gated_activation,
+    gates_then_ups,
+    reorders_weight,
+)
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 
-class GroupedMLP(MegatronModule):
-    """E experts, each fc2(activation(fc1(x)) * p) with p the router's probability of the row.
+def weighs_output(config: TransformerConfig) -> bool:
+    """Whether a row is multiplied with its probability behind its expert's second product, and not before it.
 
-    As p is linear behind the activation, the sum over a token's experts needs no other weight. The rows of a gated
+    The result is the same; it is done where rows are narrower, but before where the activation is recomputed with it.
+    """
+    recomputed = (config.recompute_modules or ()) if config.recompute_granularity == "selective" else ()
+    width = config.moe_ffn_hidden_size or config.ffn_hidden_size or 0
+    return width > config.hidden_size and "moe_act" not in recomputed
+
+
+class GroupedMLP(MegatronModule):
+    """E experts, each p * fc2(activation(fc1(x))) with p the router's probability of the row.
+
+    So the sum over a token's experts needs no other weight. What p is multiplied with, the input or the output of fc2,
+    is the narrower of the two, as this costs less. The rows of a gated
     fc1 are interleaved (gate 0, up 0, gate 1, up 1, ...) as in MLP. Expert e lives on expert parallel rank
     e // (E / ep); under expert tensor parallelism a rank holds f/etp of the width of each of its experts.
 
@@ -61,6 +76,7 @@ class GroupedMLP(MegatronModule):
         self.recompute_activation = "moe_act" in (config.recompute_modules or ()) and (
             config.recompute_granularity == "selective"
         )
+        self.weighs_output = weighs_output(config)
         self.adds_bias2 = group_rank(groups.expt_tp) == 0
         self._dispatcher: Any = None
         self._create_parameters()
@@ -133,44 +149,43 @@ class GroupedMLP(MegatronModule):
         return self._compute(rows, row_probs, tokens_per_expert)
 
     def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        hidden, interleaved = self._fc1(rows, tokens_per_expert)
-        activate = functools.partial(self._activate, interleaved=interleaved)
+        hidden = self._fc1(rows, tokens_per_expert)
         weight = local_in_dtype(self.weight2, rows.dtype)
         if self.recompute_activation:
-            before = Before(activate, row_probs)
+            before = Before(self._activate, row_probs)
             output = grouped_linear(hidden, weight, tokens_per_expert, self.backend, before=before)
         else:
-            output = grouped_linear(activate(hidden, row_probs), weight, tokens_per_expert, self.backend)
+            activated = self._activate(hidden, None if self.weighs_output else row_probs)
+            output = grouped_linear(activated, weight, tokens_per_expert, self.backend)
+            output = _weighted(output, row_probs) if self.weighs_output else output
         if self.bias2 is None:
             return output
         # Where another rank adds it, its gradient is zero, and not None: it takes part in the sum over the ranks.
         factor = row_probs if self.adds_bias2 else torch.zeros_like(row_probs)
         return add_grouped_bias(output, local_in_dtype(self.bias2, rows.dtype), tokens_per_expert, factor)
 
-    def _fc1(self, rows: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, bool]:
-        """What goes into the activation, [m, f/etp], gated [m, 2 f/etp]; and whether gates and ups are interleaved.
-
-        As in MLP the smaller of weight and output is reordered, since elementwise work on interleaved columns is slow.
-        """
+    def _fc1(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """What goes into the activation, [m, f/etp], gated [m, 2 f/etp] with all gates first."""
         weight = local_in_dtype(self.weight1, rows.dtype)
-        gates_first = self.gated and rows.numel() >= weight.numel() // 2
+        gates_first = self.gated and reorders_weight(rows, weight)
         output = grouped_linear(rows, weight, tokens_per_expert, self.backend, gates_first=gates_first)
         if self.bias1 is not None:
             bias = local_in_dtype(self.bias1, rows.dtype)
-            bias = bias.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1) if gates_first else bias
+            bias = gates_then_ups(bias, 1) if gates_first else bias
             output = add_grouped_bias(output, bias, tokens_per_expert)
-        return output, self.gated and not gates_first
+        return gates_then_ups(output, -1) if self.gated and not gates_first else output
 
-    def _activate(self, hidden: Tensor, row_probs: Tensor, interleaved: bool) -> Tensor:
-        """activation(hidden) * p, or activation(gate) * up * p: [m, f/etp] in the dtype of hidden."""
-        if not self.gated:
-            activated = self.activation(hidden)
-        else:
-            gate, up = hidden.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else hidden.chunk(2, dim=-1)
-            activated = self.gated_activation(gate, up)
-        return (activated * row_probs.unsqueeze(-1)).to(hidden.dtype)
+    def _activate(self, hidden: Tensor, row_probs: Tensor | None) -> Tensor:
+        """activation(hidden), or activation(gate) * up, times p if given: [m, f/etp] in the dtype of hidden."""
+        activated = self.gated_activation(hidden) if self.gated else self.activation(hidden)
+        return activated if row_probs is None else _weighted(activated, row_probs)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         width = self.config.moe_ffn_hidden_size or self.config.ffn_hidden_size
         return f"experts={self.num_experts}, local={self.num_local_experts}, ffn_hidden_size={width}"
+
+
+def _weighted(rows: Tensor, row_probs: Tensor) -> Tensor:
+    """Each row [m, n] times its probability [m], in the dtype of the rows."""
+    return (rows * row_probs.unsqueeze(-1)).to(rows.dtype)

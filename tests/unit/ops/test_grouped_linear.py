@@ -51,6 +51,36 @@ def test_output_and_gradients(backend: str, dtype: torch.dtype, counts: list[int
     assert all(weight.grad[expert].any() == bool(count) for expert, count in enumerate(counts))
 
 
+@pytest.mark.parametrize("counts", [[17, 0, 40, 3], [0, 90, 5, 0, 33], [1, 1, 1], [200, 3], [3, 200]])
+def test_half_precision_on_a_cpu_multiplies_round_numbers_of_rows(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few kernels are needed, and what the further rows are changes nothing.
+
+    Mutations: exact numbers of rows; further rows of the gradient not zero; groups in reverse order; the last window
+    not shifted back.
+    """
+    seen = set()
+    mm = torch.mm
+
+    def noted(left: torch.Tensor, right: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        seen.add(min(left.size(0), left.size(1)) if left.stride(0) == 1 else left.size(0))
+        return mm(left, right, **more)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    x, weight, tokens = inputs(counts, torch.bfloat16)
+    exact_x, exact_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    output = grouped_linear(x, weight, tokens)
+    factor = torch.linspace(-1, 1, 8, dtype=torch.bfloat16)
+    (output * factor).sum().backward()
+    expected = one_by_one(exact_x, exact_weight, counts)
+    (expected * factor.double()).sum().backward()
+    for found, wanted in ((output, expected), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=2e-2)
+    rows = sum(counts)
+    assert all(size % 16 == 0 for size in seen if size not in (8, rows, *(c for c in counts if c + 16 > rows)))
+
+
 @pytest.mark.parametrize("counts", [[2, 3], [0, 0]])
 def test_a_bare_sum_can_be_differentiated(counts: list[int]) -> None:
     """Its gradient has stride 0, which F.grouped_mm refuses. Mutation: multiply with the gradient as it comes."""
@@ -139,10 +169,14 @@ def test_only_the_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_which_backend_is_preferred() -> None:
-    """Torch where it has a kernel: CPUs, and bfloat16 from Hopper on. Mutations: torch always; packages always."""
+    """Torch where it has a good kernel: CPUs in float32, and bfloat16 from Hopper on.
+
+    Mutations: torch always; packages always.
+    """
     packages = ("transformer_engine", "grouped_gemm")
     for dtype, capability in [(torch.bfloat16, (9, 0)), (torch.bfloat16, (10, 0)), (torch.float32, None)]:
         assert preference(dtype, capability) == ("torch", *packages)
+    assert preference(torch.bfloat16, None) == ("loop",)
     for dtype, capability in [(torch.bfloat16, (8, 0)), (torch.float32, (9, 0)), (torch.float16, (9, 0))]:
         assert preference(dtype, capability) == (*packages, "torch")
 
@@ -158,7 +192,8 @@ def test_packages_are_chosen_for_what_they_take(monkeypatch: pytest.MonkeyPatch)
     assert choose_backend(torch.float32, gpu, 16, 8, "grouped_gemm") == "loop"
     assert choose_backend(torch.float64, gpu, 16, 8) == "loop"
     assert choose_backend(bf16, gpu, 16, 7) == "loop"
-    assert choose_backend(bf16, cpu, 16, 8) == "torch"
+    assert choose_backend(bf16, cpu, 16, 8) == "loop"
+    assert choose_backend(torch.float32, cpu, 16, 8) == "torch"
     assert choose_backend(bf16, cpu, 16, 8, "transformer_engine") == "loop"
     monkeypatch.setattr(module, "available_backends", lambda: ("torch", "grouped_gemm", "loop"))
     assert choose_backend(bf16, gpu, 16, 8) == "grouped_gemm"

@@ -46,11 +46,10 @@ def tiny_model(positions: str = "none", **settings: Any) -> GPTModel:
 def counted(model: GPTModel, training: bool) -> int:
     """What torch counts in a forward pass with loss, or in that and its backward pass.
 
-    The loss adds the weight's gradient up in place, by an operation that torch's counter does not know. Nor does it see
-    into attention in blocks, so sinks and windows are given a mask that hides nothing, which leads to SDPA.
+    The loss adds the weight's gradient up in place, by an operation that torch's counter does not know. Nor does it
+    know the kernels of a CPU, so attention is given a mask that hides nothing, which leads to SDPA.
     """
-    plain = model.config.softmax_type == "vanilla" and model.config.window_size is None
-    mask = None if plain else torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     depths = model.config.mtp_num_layers

@@ -12,6 +12,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
 from megatron_lite.tensor_parallel.parameters import initialize_parameters, named_parameter_specs
+from megatron_lite.transformer import dot_product_attention
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.unit.models.gpt.reference import ReferenceGPT
 
@@ -179,6 +180,8 @@ def test_recomputation_gives_the_same_gradients_bit_for_bit(
     calls = []
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    block = dot_product_attention.attention
+    monkeypatch.setattr(dot_product_attention, "attention", lambda *a: calls.append(1) or block(*a))
 
     def gradients(**settings: Any) -> tuple[list[Tensor], int]:
         calls.clear()
