@@ -108,7 +108,8 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--moe-latent-size", "8"], "--moe-latent-size 8 is given, but not supported: this variant of a mixture"),
         (["--mtp-use-repeated-layer"], "--mtp-use-repeated-layer is given, but not supported: this variant of multi-"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
-        (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype bf16 is given, but not supported"),
+        (["--main-params-dtype", "fp16"], "--main-params-dtype fp16 is given, but not supported"),
+        (["--lion-beta1", "0.9"], "--optimizer adam, sgd and muon are"),
         (["--ckpt-format", "fsdp_dtensor"], "--ckpt-format fsdp_dtensor is given, but not supported"),
         (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
         (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
@@ -127,7 +128,7 @@ def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: s
 @pytest.mark.parametrize(
     "words",
     [
-        ["--exp-avg-dtype", "fp32"],
+        ["--main-params-dtype", "fp32"],
         ["--ckpt-format", "torch_dist"],
         ["--rope-type", "rope"],
         ["--moe-combine-bwd-dtype", "bf16"],
