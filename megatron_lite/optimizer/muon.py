@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lite.optimizer.config import OptimizerConfig
 from megatron_lite.optimizer.newton_schulz import orthogonalized
-from megatron_lite.optimizer.whole_matrices import in_rounds, matrix_splits, work_on_whole
+from megatron_lite.optimizer.whole_matrices import Split, in_rounds, work_on_whole
 from megatron_lite.tensor_parallel.parameters import local
 
 
@@ -30,12 +30,14 @@ class Matrix:
         parameter: [m, n] or stacked [..., m, n]; a DTensor or a plain tensor.
         gradient: this rank's shard; overwritten.
         momentum: this rank's shard.
+        splits: how it is split, from `matrix_splits`.
         row_blocks: see ParameterSpec.
     """
 
     parameter: Tensor
     gradient: Tensor
     momentum: Tensor
+    splits: tuple[Split, ...] = ()
     row_blocks: tuple[int, ...] | None = None
 
 
@@ -61,7 +63,7 @@ def muon(
     Collectives: those of `work_on_whole`.
     """
     skip = found_inf > 0
-    splits = {name: matrix_splits(matrix.parameter) for name, matrix in matrices.items()}
+    splits = {name: matrix.splits for name, matrix in matrices.items()}
     sizes = {name: matrix.parameter.numel() for name, matrix in matrices.items()}
     for names in in_rounds(splits, sizes):
         updates = {name: _momentum(matrices[name], config, divisor, skip) for name in names}

@@ -25,6 +25,7 @@ from megatron_lite.optimizer.config import OptimizerConfig, moment_dtype
 from megatron_lite.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 from megatron_lite.optimizer.muon import Matrix, muon
 from megatron_lite.optimizer.param_groups import get_param_groups
+from megatron_lite.optimizer.whole_matrices import matrix_splits
 from megatron_lite.tensor_parallel.parameters import ParameterSpec, local, named_parameter_specs
 
 
@@ -86,7 +87,12 @@ class MegatronOptimizer:
         }
         self._copies = {name: spec.copy_of for name, spec in specs.items() if spec.copy_of and name in shards}
         self.grad_scaler = _build_grad_scaler(config, self.device)
-        self._row_blocks = {name: specs[name].row_blocks for name in shards if name in specs}
+        self._matrices = {
+            name: (matrix_splits(parameter), specs[name].row_blocks if name in specs else None)
+            for group in self.param_groups
+            if group["optimizer"] == "muon"
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
         self.state = {
             name: self._initial_state(group["optimizer"], shards[name])
             for group in self.param_groups
@@ -174,9 +180,7 @@ class MegatronOptimizer:
             return
         if group["optimizer"] == "muon":
             matrices = {
-                name: Matrix(
-                    parameter, gradients[name], self.state[name]["momentum_buffer"], self._row_blocks.get(name)
-                )
+                name: Matrix(parameter, gradients[name], self.state[name]["momentum_buffer"], *self._matrices[name])
                 for name, parameter in members
             }
             how = {"lr": group["lr"], "weight_decay": group["weight_decay"]}

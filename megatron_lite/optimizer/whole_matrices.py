@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.tensor_parallel.collectives import all_to_all
@@ -19,21 +20,28 @@ from megatron_lite.tensor_parallel.collectives import all_to_all
 
 @dataclass(frozen=True)
 class Split:
-    """That a dimension of a tensor is cut as torch.chunk does it, one chunk for each rank of a group.
+    """That a dimension of a tensor is cut as torch.chunk does it, one chunk for each rank of a mesh dimension.
 
     Attributes:
-        group: the ranks.
+        mesh: of the tensor.
+        mesh_dim: its dimension.
         dim: the dimension, counted from the last one (-1, -2).
         length: of the dimension before the cut.
     """
 
-    group: ProcessGroup
+    mesh: DeviceMesh
+    mesh_dim: int
     dim: int
     length: int
 
+    @property
+    def group(self) -> ProcessGroup:
+        """The ranks; looked up, because a process that holds a group to its end may not end cleanly."""
+        return self.mesh.get_group(self.mesh_dim)
+
     def lengths(self) -> list[int]:
         """Of the chunks, in the order of the ranks; torch.chunk makes fewer than asked for, the others are empty."""
-        ranks = self.group.size()
+        ranks = self.mesh.size(self.mesh_dim)
         chunk = -(-self.length // ranks)
         return [max(0, min(chunk, self.length - rank * chunk)) for rank in range(ranks)]
 
@@ -57,7 +65,7 @@ def matrix_splits(parameter: Tensor) -> tuple[Split, ...]:
         dim = placement.dim - parameter.ndim  # type: ignore[attr-defined]  # Shard and _StridedShard have it
         if dim < -2 or mesh.size(mesh_dim) == 1:
             continue
-        split = Split(mesh.get_group(mesh_dim), dim, shape[dim])
+        split = Split(mesh, mesh_dim, dim, shape[dim])
         shape[dim] = split.lengths()[coordinate[mesh_dim]]
         found.insert(0, split)
     return tuple(found)
@@ -74,7 +82,7 @@ def in_rounds(splits: Mapping[str, tuple[Split, ...]], sizes: Mapping[str, int])
     for name in splits:
         alike.setdefault(tuple(split.group.group_name for split in splits[name]), []).append(name)
     for names in alike.values():
-        ranks = prod(split.group.size() for split in splits[names[0]])
+        ranks = prod(split.mesh.size(split.mesh_dim) for split in splits[names[0]])
         names.sort(key=lambda name: -sizes[name])
         yield from (names[start : start + ranks] for start in range(0, len(names), ranks))
 

@@ -218,6 +218,21 @@ def test_llama3_example_is_valid() -> None:
         assert name in said
 
 
+def test_muon_as_in_megatron() -> None:
+    words = """--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-no-split-qkv --muon-scale-mode unit_rms_norm
+        --muon-coefficient-type polar_express --muon-num-ns-steps 8 --muon-extra-scale-factor 0.2 --muon-use-syrk"""
+    run = parse_args([*LLAMA3_8B, *words.split(), "--muon-tp-mode", "distributed"])
+    assert not run.optimizer.muon_split_qkv
+    assert run.optimizer.muon_nesterov
+    assert any("--muon-use-syrk: accepted without effect" in notice for notice in run.notices)
+    with pytest.raises(ConfigError, match="muon_tp_mode is blockwise"):
+        parse_args([*LLAMA3_8B, *words.split(), "--muon-tp-mode", "blockwise"])
+    with pytest.raises(ConfigError, match="muon_scalar_optimizer is 'lion', but must be one of: adam"):
+        parse_args([*LLAMA3_8B, *words.split(), "--muon-scalar-optimizer", "lion"])
+    said = "\n".join(parse_args([*LLAMA3_8B, "--muon-momentum", "0.95"]).notices)
+    assert "--muon-momentum: without effect, because it belongs to --optimizer muon." in said
+
+
 def test_llama3_example_in_fp8_is_refused_by_name() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args([*LLAMA3_8B, *LLAMA3_8B_FP8])
