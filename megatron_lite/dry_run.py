@@ -30,6 +30,7 @@ from megatron_lite.dry_run_memory import (
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
+from megatron_lite.optimizer.param_groups import is_updated_by_muon
 from megatron_lite.tensor_parallel.parameters import local, named_parameter_specs
 from megatron_lite.tokenizers import build_tokenizer
 from megatron_lite.training.initialize import initialize_parallel_groups
@@ -130,17 +131,19 @@ def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
         shards: elements of its part of each parameter before the wrapping.
         of_experts: which of the two to count.
     """
-    specs, stored = named_parameter_specs(model), 0
+    specs, stored, matrices = named_parameter_specs(model), 0, 0
     layers: dict[str, int] = {}
     names = [name for name, spec in specs.items() if spec.is_expert == of_experts]
     parameters = dict(model.named_parameters())
     for name in names:
-        stored += local(parameters[name]).numel()
+        kept = local(parameters[name]).numel()
+        stored += kept
+        matrices += kept * is_updated_by_muon(name, parameters[name], specs[name])
         if (found := re.match(r".*?\.layers\.\d+", name)) is not None:
             layer = found[0]  # "decoder.layers.0", or of multi-token prediction "mtp.layers.0"
             layers[layer] = layers.get(layer, 0) + shards[name]
     total = sum(shards[name] for name in names)
-    return Part(total, stored, max(layers.values(), default=0), sum(layers.values()))
+    return Part(total, stored, max(layers.values(), default=0), sum(layers.values()), matrices)
 
 
 def _layout_lines(run: RunConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_lite.arguments import RunConfig
+from megatron_lite.optimizer.config import moment_dtype
 from megatron_lite.transformer.attention_choices import cp_comm_type_of
 from megatron_lite.transformer.moe.experts import weighs_output
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
@@ -19,12 +20,14 @@ class Part:
         stored: what it keeps of that between steps, as master weights and optimizer state.
         largest_layer: the shard's part in the largest transformer layer.
         in_layers: the shard's part in all transformer layers.
+        matrices: the part of `stored` that Muon updates, if it is the optimizer.
     """
 
     shard: int = 0
     stored: int = 0
     largest_layer: int = 0
     in_layers: int = 0
+    matrices: int = 0
 
 
 def joined(parts: Iterable[Part]) -> Part:
@@ -35,6 +38,7 @@ def joined(parts: Iterable[Part]) -> Part:
         sum(part.stored for part in several),
         max(part.largest_layer for part in several),
         sum(part.in_layers for part in several),
+        sum(part.matrices for part in several),
     )
 
 
@@ -102,7 +106,6 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
     """
     main = run.transformer.main_params_dtype.itemsize
     reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
-    moments = 2 if run.optimizer.optimizer == "adam" else int(run.optimizer.sgd_momentum > 0)
     parts = (
         (size.dense, run.data_parallel_size * run.transformer.context_parallel_size),
         (size.experts, expert_data_parallel_size(run)),
@@ -115,9 +118,20 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
         master_weights=size.stored * main,
         compute_weights=gathered * run.transformer.params_dtype.itemsize,
         gradients=size.stored * main + waiting * reduce,
-        optimizer_state=size.stored * main * moments,
+        optimizer_state=_optimizer_state(run, size),
         activations=activation_bytes(run) if activations is None else activations,
     )
+
+
+def _optimizer_state(run: RunConfig, size: ModelSize) -> int:
+    """Bytes of moments: two of an element under Adam, one under SGD with momentum and Muon."""
+    config, main = run.optimizer, run.transformer.main_params_dtype
+    if config.optimizer == "sgd":
+        return size.stored * main.itemsize * int(config.sgd_momentum > 0)
+    by_muon = size.dense.matrices + size.experts.matrices if config.optimizer == "muon" else 0
+    names = (config.exp_avg_dtype, config.exp_avg_sq_dtype)
+    both = sum(moment_dtype(name, main).itemsize for name in names)
+    return by_muon * main.itemsize + (size.stored - by_muon) * both
 
 
 def _gathered(run: RunConfig, part: Part, ranks: int) -> int:

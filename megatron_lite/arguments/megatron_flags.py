@@ -39,7 +39,7 @@ NO_EFFECT: dict[str, str] = {
         --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
         --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
         --no-gradient-reduce-div-fusion --mla-down-proj-fusion --moe-permute-fusion --moe-router-fusion
-        --use-grouped-gemm-for-shared-expert --use-grouped-gemm-for-dense-mlp
+        --use-grouped-gemm-for-shared-expert --use-grouped-gemm-for-dense-mlp --muon-use-syrk
     """,
     "when tokens travel changes no result; the order of computation and communication is chosen automatically": """
         --overlap-moe-expert-parallel-comm --overlap-dispatch-backward-with-experts-wgrad
@@ -104,9 +104,9 @@ NO_EFFECT: dict[str, str] = {
     "softmax over attention scores and vocabulary is always computed in float32": """
         --attention-softmax-in-fp32 --fp16-lm-cross-entropy --output-logit-dtype=fp32
     """,
-    "master weights, moments and gradients are float32; --grad-reduce-in-bf16 is the one choice": """
-        --accumulate-allreduce-grads-in-fp32 --main-grads-dtype=fp32 --main-params-dtype=fp32 --exp-avg-dtype=fp32
-        --exp-avg-sq-dtype=fp32 --megatron-fsdp-main-params-dtype=fp32 --megatron-fsdp-main-grads-dtype=auto|fp32
+    "master weights and gradients are float32; --grad-reduce-in-bf16 is the one choice": """
+        --accumulate-allreduce-grads-in-fp32 --main-grads-dtype=fp32 --main-params-dtype=fp32
+        --megatron-fsdp-main-params-dtype=fp32 --megatron-fsdp-main-grads-dtype=auto|fp32
         --megatron-fsdp-grad-comm-dtype=auto
     """,
     "buckets and buffers of data parallel communication are managed by torch": """
@@ -228,10 +228,8 @@ REFUSED: dict[str, str] = {
     "it is accepted with --position-embedding-type rope only: write --position-embedding-type none": """
         --no-position-embedding
     """,
-    "this optimizer is not implemented; --optimizer adam and sgd are": """
-        --muon-momentum= --muon-no-split-qkv --muon-nesterov --muon-scale-mode= --muon-fp32-matmul-prec=
-        --muon-coefficient-type= --muon-num-ns-steps= --muon-tp-mode= --muon-use-syrk --muon-extra-scale-factor=
-        --muon-scalar-optimizer= --lion-beta1= --lion-beta2=
+    "this optimizer is not implemented; --optimizer adam, sgd and muon are": """
+        --lion-beta1= --lion-beta2=
     """,
     "it was withdrawn from Megatron-LM: write --micro-batch-size": """
         --batch-size=
@@ -242,9 +240,9 @@ REFUSED: dict[str, str] = {
     "it was withdrawn from Megatron-LM: write --recompute-granularity full": """
         --checkpoint-activations
     """,
-    "the optimizer's state stays in float32 on the device": """
+    "the optimizer's state stays on the device": """
         --optimizer-cpu-offload --optimizer-cuda-graph --optimizer-offload-fraction=0|0.0|1.0
-        --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer
+        --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d
     """,
     "every data parallel replica starts from the same weights": """
         --data-parallel-random-init

@@ -112,9 +112,25 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
     ),
     ("--optimizer sgd", lambda run: run.optimizer.optimizer == "sgd", ("sgd_momentum",)),
     (
-        "--optimizer adam",
-        lambda run: run.optimizer.optimizer == "adam",
+        "--optimizer adam or muon",
+        lambda run: run.optimizer.optimizer in ("adam", "muon"),
         ("adam_beta1", "adam_beta2", "adam_eps"),
+    ),
+    (
+        "--optimizer muon",
+        lambda run: run.optimizer.optimizer == "muon",
+        (
+            "muon_momentum",
+            "muon_nesterov",
+            "muon_split_qkv",
+            "muon_scale_mode",
+            "muon_extra_scale_factor",
+            "muon_coefficient_type",
+            "muon_num_ns_steps",
+            "muon_fp32_matmul_prec",
+            "muon_tp_mode",
+            "muon_scalar_optimizer",
+        ),
     ),
     ("--decoupled-lr", lambda run: run.optimizer.decoupled_lr is not None, ("decoupled_min_lr",)),
     (

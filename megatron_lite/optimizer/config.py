@@ -2,18 +2,32 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_lite.config_field import Validated, knob
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 LR_WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+MUON_SCALE_MODES = ("spectral", "unit_rms_norm", "shape_scaling")
+MUON_COEFFICIENT_TYPES = ("quintic", "simple", "polar_express")
+MOMENT_DTYPES = ("fp32", "bf16")
 WEIGHT_DECAY_INCR_STYLES = ("constant", "linear", "cosine")
+
+
+def moment_dtype(name: str, main_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a moment is stored in: "fp32" stands for that of the master weights (float64 under --fp64)."""
+    return torch.bfloat16 if name == "bf16" else main_dtype
 
 
 @dataclass
 class OptimizerConfig(Validated):
     """Which optimizer updates the weights, and how gradients are scaled and clipped before. Names are Megatron's."""
 
-    optimizer: str = knob("adam", "adam is AdamW (decoupled weight decay); sgd has momentum.", choices=("adam", "sgd"))
+    optimizer: str = knob(
+        "adam",
+        "adam is AdamW (decoupled weight decay); sgd has momentum; muon updates matrices by Muon, the rest by AdamW.",
+        choices=("adam", "sgd", "muon"),
+    )
 
     lr: float | None = knob(None, "Peak learning rate, reached at the end of the warm-up.")
     min_lr: float = knob(0.0, "Learning rate at the end of the decay and ever after.")
@@ -30,7 +44,37 @@ class OptimizerConfig(Validated):
     adam_beta1: float = knob(0.9, "Decay of Adam's mean of gradients.")
     adam_beta2: float = knob(0.999, "Decay of Adam's mean of squared gradients.")
     adam_eps: float = knob(1e-8, "Added to Adam's denominator.")
+    use_precision_aware_optimizer: bool = knob(
+        False, "Let --exp-avg-dtype and --exp-avg-sq-dtype be lower than that of the master weights."
+    )
+    exp_avg_dtype: str = knob("fp32", "How Adam's mean of gradients is stored.", choices=MOMENT_DTYPES)
+    exp_avg_sq_dtype: str = knob("fp32", "How Adam's mean of squared gradients is stored.", choices=MOMENT_DTYPES)
     sgd_momentum: float = knob(0.9, "Momentum of SGD; 0 keeps no buffer.")
+
+    muon_momentum: float = knob(0.9, "Decay of Muon's mean of gradients.")
+    muon_nesterov: bool = knob(False, "Muon orthogonalizes the mean mixed once more with the gradient.")
+    muon_split_qkv: bool = knob(
+        True, "Muon takes the fused query-key-value weight as one matrix, not three.", flag="--muon-no-split-qkv"
+    )
+    muon_scale_mode: str = knob(
+        "spectral", "How the size of Muon's update follows the shape of the matrix.", choices=MUON_SCALE_MODES
+    )
+    muon_extra_scale_factor: float = knob(1.0, "Further factor on Muon's update; 0.2 resembles AdamW's.")
+    muon_coefficient_type: str = knob(
+        "quintic", "Polynomials of Muon's Newton-Schulz iteration.", choices=MUON_COEFFICIENT_TYPES
+    )
+    muon_num_ns_steps: int = knob(5, "Newton-Schulz steps of Muon.")
+    muon_fp32_matmul_prec: str = knob(
+        "medium",
+        "Products of Newton-Schulz for float32 weights: medium in bfloat16, high in TF32 where the device has it.",
+        choices=("medium", "high"),
+    )
+    muon_tp_mode: str = knob(
+        "duplicated",
+        "duplicated and distributed: Muon orthogonalizes whole matrices, at every layout. blockwise is refused.",
+        choices=("blockwise", "duplicated", "distributed"),
+    )
+    muon_scalar_optimizer: str = knob("adam", "What updates the parameters that Muon does not.", choices=("adam",))
 
     fp16: bool = knob(False, "Scale the loss; a model that computes in float16 switches this on.", flag=False)
     loss_scale: float | None = knob(None, "Constant loss scale; default: dynamic under --fp16, none otherwise.")
@@ -51,7 +95,7 @@ class OptimizerConfig(Validated):
         found += _learning_rate_violations("lr", self.lr, "min_lr", self.min_lr)
         decoupled_min = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
         found += _learning_rate_violations("decoupled_lr", self.decoupled_lr, "decoupled_min_lr", decoupled_min)
-        for name in ("adam_beta1", "adam_beta2", "sgd_momentum"):
+        for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must lie in [0, 1).")
         for name in ("weight_decay", "clip_grad"):
@@ -60,6 +104,30 @@ class OptimizerConfig(Validated):
         if self.adam_eps <= 0.0:
             found.append(
                 f"adam_eps is {self.adam_eps}, but it must be positive, or gradients of 0 divide by 0; write 1e-8."
+            )
+        if self.use_precision_aware_optimizer:
+            if self.optimizer != "adam":
+                found.append(
+                    f"use_precision_aware_optimizer is given with --optimizer {self.optimizer}, but only the "
+                    "moments of adam are stored in other dtypes; leave it out, or write --optimizer adam."
+                )
+        else:
+            for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+                if getattr(self, name) != "fp32":
+                    found.append(
+                        f"{name} is {getattr(self, name)}, but without --use-precision-aware-optimizer it must be "
+                        "fp32; add that flag."
+                    )
+        if self.muon_tp_mode == "blockwise":
+            found.append(
+                "muon_tp_mode is blockwise, which orthogonalizes each rank's part of a matrix by itself, so that the "
+                "result depends on the layout; write duplicated or distributed."
+            )
+        if self.muon_num_ns_steps < 1:
+            found.append(f"muon_num_ns_steps is {self.muon_num_ns_steps}, but it must be at least 1; 5 is usual.")
+        if self.muon_extra_scale_factor <= 0.0:
+            found.append(
+                f"muon_extra_scale_factor is {self.muon_extra_scale_factor}, but it must be positive; write 1.0."
             )
         if self.loss_scale is not None and self.loss_scale <= 0.0:
             found.append(f"loss_scale is {self.loss_scale}, but it must be positive; leave it out for a dynamic scale.")

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
 from megatron_lite.model_chunks import ModelChunks, as_chunks
+from megatron_lite.optimizer.adam import fused_adamw
 from megatron_lite.optimizer.clip_grads import counts_here, global_grad_statistics
-from megatron_lite.optimizer.config import OptimizerConfig
+from megatron_lite.optimizer.config import OptimizerConfig, moment_dtype
 from megatron_lite.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron_lite.optimizer.muon import Matrix, muon
 from megatron_lite.optimizer.param_groups import get_param_groups
+from megatron_lite.optimizer.whole_matrices import matrix_splits
 from megatron_lite.tensor_parallel.parameters import ParameterSpec, local, named_parameter_specs
 
 
@@ -45,6 +47,8 @@ class StepResult:
 class MegatronOptimizer:
     """AdamW (Loshchilov and Hutter, 2019) or SGD with momentum over the local shards of a model's parameters.
 
+    Or Muon over its matrices, each of them whole, and AdamW over the rest.
+
     Args:
         config: which optimizer and its constants.
         named_parameters: name in the model -> parameter, a DTensor (its local shard is updated) or a plain tensor.
@@ -54,7 +58,7 @@ class MegatronOptimizer:
 
     Attributes:
         param_groups: dicts with `names`, `params`, `lr`, `weight_decay`, ...: the scheduler writes into them.
-        state: name -> its tensors: `step`, `exp_avg`, `exp_avg_sq` (Adam), `momentum_buffer` (SGD), as local shards.
+        state: name -> its tensors: `step`, `exp_avg`, `exp_avg_sq` (Adam), `momentum_buffer` (SGD, Muon), local shards.
         grad_scaler: the loss scale, or None.
     """
 
@@ -83,16 +87,28 @@ class MegatronOptimizer:
         }
         self._copies = {name: spec.copy_of for name, spec in specs.items() if spec.copy_of and name in shards}
         self.grad_scaler = _build_grad_scaler(config, self.device)
-        self.state = {name: self._initial_state(shard) for name, shard in shards.items()}
+        self._matrices = {
+            name: (matrix_splits(parameter), specs[name].row_blocks if name in specs else None)
+            for group in self.param_groups
+            if group["optimizer"] == "muon"
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
+        self.state = {
+            name: self._initial_state(group["optimizer"], shards[name])
+            for group in self.param_groups
+            for name in group["names"]
+        }
 
-    def _initial_state(self, shard: Tensor) -> dict[str, Tensor]:
+    def _initial_state(self, optimizer: str, shard: Tensor) -> dict[str, Tensor]:
         """Zeros from the start, so that a fresh optimizer can be loaded into."""
-        if self.config.optimizer == "sgd":
-            return {"momentum_buffer": torch.zeros_like(shard)} if self.config.sgd_momentum else {}
+        if optimizer == "sgd" and not self.config.sgd_momentum:
+            return {}
+        if optimizer in ("sgd", "muon"):
+            return {"momentum_buffer": torch.zeros_like(shard)}
         return {
             "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-            "exp_avg": torch.zeros_like(shard),
-            "exp_avg_sq": torch.zeros_like(shard),
+            "exp_avg": torch.zeros_like(shard, dtype=moment_dtype(self.config.exp_avg_dtype, shard.dtype)),
+            "exp_avg_sq": torch.zeros_like(shard, dtype=moment_dtype(self.config.exp_avg_sq_dtype, shard.dtype)),
         }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -115,7 +131,8 @@ class MegatronOptimizer:
     def step(self) -> StepResult:
         """Unscale, clip, and update all parameters that have a gradient, or none if the norm is not finite.
 
-        Collectives: one all-reduce of the norm over the world; all ranks take the same decision.
+        Collectives: one all-reduce of the norm over the world; all ranks take the same decision. Muon's are those of
+        `work_on_whole`, over the groups that split its matrices.
         """
         gradients = self._gradients()
         norm, num_zeros = self._grad_statistics(gradients)
@@ -161,6 +178,14 @@ class MegatronOptimizer:
         members = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if n in gradients]
         if not members:
             return
+        if group["optimizer"] == "muon":
+            matrices = {
+                name: Matrix(parameter, gradients[name], self.state[name]["momentum_buffer"], *self._matrices[name])
+                for name, parameter in members
+            }
+            how = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            muon(matrices, self.config, **how, divisor=divisor, found_inf=found_inf)
+            return
         # Looked up at each step: FSDP moves shards to new storage when weights are assigned (load_state_dict).
         shards = [local(parameter) for _, parameter in members]
         grads = [gradients[name] for name, _ in members]
@@ -171,7 +196,7 @@ class MegatronOptimizer:
             grad_scale = None
         states = [self.state[name] for name, _ in members]
         config = self.config
-        if config.optimizer == "sgd":
+        if group["optimizer"] == "sgd":
             sgd(
                 shards,
                 grads,
@@ -187,14 +212,10 @@ class MegatronOptimizer:
                 maximize=False,
             )
             return
-        adamw(
+        fused_adamw(
             shards,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
+            states,
             grad_scale=grad_scale,
             found_inf=found_inf,
             lr=group["lr"],
@@ -202,8 +223,6 @@ class MegatronOptimizer:
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             eps=config.adam_eps,
-            amsgrad=False,
-            maximize=False,
         )
 
     def state_dict(self) -> dict[str, Tensor]:

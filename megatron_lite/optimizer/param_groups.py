@@ -33,6 +33,16 @@ def is_embedding_or_output_parameter(name: str) -> bool:
     return name.endswith(_EMBEDDING_OR_OUTPUT)
 
 
+def is_updated_by_muon(name: str, parameter: Tensor, spec: ParameterSpec | None) -> bool:
+    """Whether Muon updates a parameter under `--optimizer muon`; the others are left to AdamW.
+
+    As in Megatron-LM: every matrix except the word embeddings and the output layer, so routers and learned positions
+    too. Of stacked experts each one's tensor counts.
+    """
+    stacked = spec is not None and spec.stacks_experts
+    return parameter.ndim - stacked == 2 and not is_embedding_or_output_parameter(name)
+
+
 def get_param_groups(
     named_parameters: Mapping[str, nn.Parameter],
     specs: Mapping[str, ParameterSpec],
@@ -41,24 +51,29 @@ def get_param_groups(
     """Parameter groups as the scheduler wants them.
 
     Returns:
-        Dicts with `names`, `params`, `wd_mult` (1 or 0), `lr` and `weight_decay` (written by the scheduler), and
-        `max_lr`/`min_lr` where a group has its own. `default_config` marks the groups that follow `--lr`.
+        Dicts with `names`, `params`, `optimizer` (of this group: "adam", "sgd" or "muon"), `wd_mult` (1 or 0), `lr` and
+        `weight_decay` (written by the scheduler), and `max_lr`/`min_lr` where a group has its own. `default_config`
+        marks the groups that follow `--lr`.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, str], dict[str, Any]] = {}
     for name, parameter in named_parameters.items():
         decays = has_weight_decay(name, parameter, specs.get(name), config)
         decoupled = config.decoupled_lr is not None and is_embedding_or_output_parameter(name)
-        group = groups.setdefault((decays, decoupled), _new_group(decays, decoupled, config))
+        optimizer = config.optimizer
+        if optimizer == "muon" and not is_updated_by_muon(name, parameter, specs.get(name)):
+            optimizer = "adam"
+        group = groups.setdefault((decays, decoupled, optimizer), _new_group(decays, decoupled, optimizer, config))
         group["names"].append(name)
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def _new_group(decays: bool, decoupled: bool, config: OptimizerConfig) -> dict[str, Any]:
+def _new_group(decays: bool, decoupled: bool, optimizer: str, config: OptimizerConfig) -> dict[str, Any]:
     wd_mult = 1.0 if decays else 0.0
     group: dict[str, Any] = {
         "names": [],
         "params": [],
+        "optimizer": optimizer,
         "wd_mult": wd_mult,
         "weight_decay": config.weight_decay * wd_mult,
         "default_config": not decoupled,

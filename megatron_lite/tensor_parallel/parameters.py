@@ -37,6 +37,8 @@ class ParameterSpec:
         stacks_experts: dimension 0 counts experts, and `init_method` fills the tensor of one of them.
         copy_of: name of the parameter of which this is a copy in another pipeline stage (tied embeddings). Both have
             the same values always; the copy has no name of its own in checkpoints and is not counted in norms.
+        row_blocks: of a fused matrix the sizes of the blocks of rows that repeat down to its end (queries, key, value
+            of a query group); the first blocks of all repetitions are one matrix to the optimizer, and so on.
     """
 
     init_method: Callable[[Tensor], Any]
@@ -45,6 +47,7 @@ class ParameterSpec:
     apply_weight_decay: bool | None = None
     stacks_experts: bool = False
     copy_of: str | None = None
+    row_blocks: tuple[int, ...] | None = None
 
 
 def declare_parameter(module: nn.Module, name: str, spec: ParameterSpec) -> None:

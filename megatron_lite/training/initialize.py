@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.ops.grouped_linear import choose_backend
+from megatron_lite.optimizer import OptimizerConfig
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.attention_choices import describe_communication
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -102,6 +103,16 @@ def _choose_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def _optimizer(config: OptimizerConfig) -> str:
+    """What updates the weights, for the line at start-up."""
+    if config.optimizer == "muon":
+        return f"muon ({config.muon_coefficient_type}, {config.muon_num_ns_steps} steps), the rest torch fused adam"
+    stored = ""
+    if config.use_precision_aware_optimizer:
+        stored = f" (moments stored in {config.exp_avg_dtype} and {config.exp_avg_sq_dtype})"
+    return f"torch fused {config.optimizer}{stored}"
+
+
 def _grouped_products(sizes: TransformerConfig, device: torch.device) -> str:
     """What multiplies the experts' matrices."""
     if not sizes.moe_grouped_gemm:
@@ -144,7 +155,7 @@ def announce(config: RunConfig, device: torch.device) -> None:
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
     grouped = "" if sizes.num_moe_experts is None else f" · grouped products: {_grouped_products(sizes, device)}"
     print_rank_0(
-        f"attention: torch sdpa ({sizes.attention_backend}) · optimizer: torch fused {config.optimizer.optimizer} · "
+        f"attention: torch sdpa ({sizes.attention_backend}) · optimizer: {_optimizer(config.optimizer)} · "
         f"layers: {compiled}{grouped}"
     )
     for notice in config.notices:

@@ -1,5 +1,7 @@
 """The fused query-key-value projection, split over tensor parallel ranks by whole query groups, or by heads."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -7,7 +9,7 @@ from torch.distributed import ProcessGroup
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel.layers import ColumnParallelLinear
 from megatron_lite.tensor_parallel.linear import linear_with_grad_accumulation_and_async_allreduce
-from megatron_lite.tensor_parallel.parameters import create_parameter
+from megatron_lite.tensor_parallel.parameters import create_parameter, declare_parameter
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
@@ -20,17 +22,29 @@ def build_qkv_projection(config: TransformerConfig, group: ProcessGroup | None) 
     many groups as ranks, each rank holds whole groups. With fewer, several ranks share a group.
     """
     assert config.num_query_groups is not None, "TransformerConfig derives num_query_groups"
+    projection: nn.Module
     if config.num_query_groups % group_size(group):
-        return SharedGroupProjection(config, group)
-    return ColumnParallelLinear(
-        config.hidden_size,
-        _rows(config),
-        config=config,
-        init_method=config.init_method,
-        bias=config.add_bias_linear or config.add_qkv_bias,
-        gather_output=False,
-        tp_group=group,
-    )
+        projection = SharedGroupProjection(config, group)
+    else:
+        projection = ColumnParallelLinear(
+            config.hidden_size,
+            _rows(config),
+            config=config,
+            init_method=config.init_method,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            gather_output=False,
+            tp_group=group,
+        )
+    declared = projection.__dict__["parameter_specs"]["weight"]
+    declare_parameter(projection, "weight", replace(declared, row_blocks=_row_blocks(config)))
+    return projection
+
+
+def _row_blocks(config: TransformerConfig) -> tuple[int, ...]:
+    """Rows of a query group: its queries, their gates if there are any, its key, its value."""
+    head = config.kv_channels or 0
+    queries = config.num_attention_heads // (config.num_query_groups or 1) * head
+    return (*[queries] * (2 if config.attention_output_gate else 1), head, head)
 
 
 def _rows(config: TransformerConfig) -> int:

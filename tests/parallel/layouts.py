@@ -485,11 +485,18 @@ def initialize(layout: Layout) -> None:
     )
 
 
-def run_layout(rank: int, world_size: int, layout: Layout, steps: int, broken: str | None = None) -> Result | None:
+def run_layout(
+    rank: int,
+    world_size: int,
+    layout: Layout,
+    steps: int,
+    broken: str | None = None,
+    optimizer_config: OptimizerConfig | None = None,
+) -> Result | None:
     """Train at `layout` with the product's code, optionally broken on purpose; rank 0 returns a result."""
     initialize(layout)
     with mutation(broken):
-        model, optimizer = build(layout)
+        model, optimizer = build(layout, optimizer_config=optimizer_config)
         names = names_read(model)
         choices = Choices(model, parallel_state.get_tensor_model_parallel_rank())
         tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -587,8 +594,10 @@ def train_and_evaluate(rank: int, world_size: int, layout: Layout, evaluating: b
     return losses, held_out
 
 
-def build(layout: Layout, dropout: float = 0.0) -> tuple[list[nn.Module], MegatronOptimizer]:
-    """The model at this rank of a layout, and its SGD optimizer."""
+def build(
+    layout: Layout, dropout: float = 0.0, optimizer_config: OptimizerConfig | None = None
+) -> tuple[list[nn.Module], MegatronOptimizer]:
+    """The model at this rank of a layout, and its optimizer, by default SGD."""
     ddp = DistributedDataParallelConfig(
         data_parallel_sharding_strategy=layout.strategy, num_distributed_optimizer_instances=layout.replicas
     )
@@ -606,15 +615,14 @@ def build(layout: Layout, dropout: float = 0.0) -> tuple[list[nn.Module], Megatr
         for chunk in model:
             for layer in chunk.decoder.layers.values():  # type: ignore[union-attr, operator]
                 layer.compile(fullgraph=True, backend="aot_eager")
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
+    if optimizer_config is None:
+        optimizer_config = OptimizerConfig(
             optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, clip_grad=CLIP
-        ),
-        model,
-    )
+        )
+    optimizer = get_megatron_optimizer(optimizer_config, model)
     for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
-        group["weight_decay"] = WEIGHT_DECAY * group.get("wd_mult", 1.0)
+        group["lr"] = optimizer_config.lr
+        group["weight_decay"] = optimizer_config.weight_decay * group.get("wd_mult", 1.0)
     return model, optimizer
 
 

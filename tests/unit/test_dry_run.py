@@ -303,6 +303,30 @@ def test_memory_follows_the_strategy() -> None:
     assert memory_of(several, size).gradients == 250 * 4 + 1000 * 4
 
 
+def test_memory_of_moments() -> None:
+    """Mutations: two moments of Muon's matrices; bytes of the wrong moment; experts left out."""
+    dense = Part(shard=1000, stored=500, largest_layer=100, in_layers=400, matrices=300)
+    size = ModelSize(1000, 1000, 0, dense, Part(shard=80, stored=40, matrices=30))
+
+    def state(*words: str) -> int:
+        return memory_of(run_of("quickstart", 1, *words), size).optimizer_state
+
+    assert state() == 540 * 8
+    assert state("--optimizer", "muon") == 330 * 4 + 210 * 8
+    assert state("--optimizer", "sgd") == 540 * 4
+    aware = ["--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"]
+    assert state(*aware) == 540 * 6
+    assert state(*aware, "--exp-avg-sq-dtype", "bf16") == 540 * 4
+
+
+def test_muons_matrices_are_counted() -> None:
+    """4 layers of matrices, 2^20 elements each, have one moment; the embedding and the norms two."""
+    report = describe(run_of("quickstart", 1, "--optimizer", "muon"))
+    matrices = 4 * (4 * 256 * 256 + 3 * 256 * 1024)
+    rest = number_after(report, "whole model:") - matrices
+    assert f"optimizer state (muon) {(4 * matrices + 8 * rest) / 2**20:>16.3f} MiB" in report
+
+
 def test_activations_by_the_formula() -> None:
     plain = activation_bytes(run_of("quickstart", 1))
     # 8 x 256 tokens, 4 layers, float32: 4 h + (8 + 8 + 8 + 8) heads x 32 + 3 f

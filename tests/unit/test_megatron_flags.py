@@ -108,7 +108,8 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--moe-latent-size", "8"], "--moe-latent-size 8 is given, but not supported: this variant of a mixture"),
         (["--mtp-use-repeated-layer"], "--mtp-use-repeated-layer is given, but not supported: this variant of multi-"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
-        (["--exp-avg-dtype", "bf16"], "--exp-avg-dtype bf16 is given, but not supported"),
+        (["--main-params-dtype", "fp16"], "--main-params-dtype fp16 is given, but not supported"),
+        (["--lion-beta1", "0.9"], "--optimizer adam, sgd and muon are"),
         (["--ckpt-format", "fsdp_dtensor"], "--ckpt-format fsdp_dtensor is given, but not supported"),
         (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
         (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
@@ -127,7 +128,7 @@ def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: s
 @pytest.mark.parametrize(
     "words",
     [
-        ["--exp-avg-dtype", "fp32"],
+        ["--main-params-dtype", "fp32"],
         ["--ckpt-format", "torch_dist"],
         ["--rope-type", "rope"],
         ["--moe-combine-bwd-dtype", "bf16"],
@@ -215,6 +216,21 @@ def test_llama3_example_is_valid() -> None:
     said = "\n".join(run.notices)
     for name in ("--use-mcore-models", "--overlap-grad-reduce", "--cross-entropy-loss-fusion", "--sequence-parallel"):
         assert name in said
+
+
+def test_muon_as_in_megatron() -> None:
+    words = """--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-no-split-qkv --muon-scale-mode unit_rms_norm
+        --muon-coefficient-type polar_express --muon-num-ns-steps 8 --muon-extra-scale-factor 0.2 --muon-use-syrk"""
+    run = parse_args([*LLAMA3_8B, *words.split(), "--muon-tp-mode", "distributed"])
+    assert not run.optimizer.muon_split_qkv
+    assert run.optimizer.muon_nesterov
+    assert any("--muon-use-syrk: accepted without effect" in notice for notice in run.notices)
+    with pytest.raises(ConfigError, match="muon_tp_mode is blockwise"):
+        parse_args([*LLAMA3_8B, *words.split(), "--muon-tp-mode", "blockwise"])
+    with pytest.raises(ConfigError, match="muon_scalar_optimizer is 'lion', but must be one of: adam"):
+        parse_args([*LLAMA3_8B, *words.split(), "--muon-scalar-optimizer", "lion"])
+    said = "\n".join(parse_args([*LLAMA3_8B, "--muon-momentum", "0.95"]).notices)
+    assert "--muon-momentum: without effect, because it belongs to --optimizer muon." in said
 
 
 def test_llama3_example_in_fp8_is_refused_by_name() -> None:

@@ -218,6 +218,6 @@ def test_configs_report_all_their_violations():
     )
     assert len(broken.violations()) == 5
     wrong = OptimizerConfig(
-        optimizer="muon", lr=0.1, min_lr=0.2, adam_beta1=1.0, clip_grad=-1.0, loss_scale=0.0, hysteresis=0
+        optimizer="soap", lr=0.1, min_lr=0.2, adam_beta1=1.0, clip_grad=-1.0, loss_scale=0.0, hysteresis=0
     )
     assert len(wrong.violations()) == 6

@@ -118,3 +118,20 @@ def test_tensorboard_keeps_its_curves_on_resume(tmp_path: Path) -> None:
     events.Reload()
     assert [point.step for point in events.Scalars("lm loss")] == [1, 2]
     assert [point.step for point in events.Scalars("lm loss vs samples")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "optimizer: torch fused adam · "),
+        (("--optimizer", "muon"), "optimizer: muon (quintic, 5 steps), the rest torch fused adam · "),
+        (
+            ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"),
+            "optimizer: torch fused adam (moments stored in bf16 and fp32) · ",
+        ),
+    ],
+    ids=["adam", "muon", "moments"],
+)
+def test_the_optimizer_is_named(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str) -> None:
+    run(*MOCK, *flags)
+    assert said in capsys.readouterr().out
