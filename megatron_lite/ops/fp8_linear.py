@@ -85,7 +85,7 @@ def encode_scale(tensor: Tensor, dtype: torch.dtype, along: int | None, groups: 
 def quantize(tensor: Tensor, dtype: torch.dtype, encode: Tensor) -> Quantized:
     """What does not fit saturates. NaN stays NaN, and infinity, whose scale is 0, becomes NaN."""
     limit = torch.finfo(dtype).max
-    return Quantized((tensor.float() * encode).clamp(-limit, limit).to(dtype), encode)
+    return Quantized((tensor.float() * encode).clamp(-limit, limit).to(dtype).contiguous(), encode)
 
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, kernels: bool, fast: bool = False) -> Tensor:

@@ -32,7 +32,7 @@ def groups():
     parallel_state.shutdown()
 
 
-def small_model(device: torch.device, compile_layers: bool = False, **settings: bool):
+def small_model(device: torch.device, compile_layers: bool = False, **settings: bool | str):
     """Two layers and an optimizer."""
     config = TransformerConfig(
         num_layers=2, hidden_size=256, num_attention_heads=4, normalization="RMSNorm", swiglu=True, **settings

@@ -178,8 +178,11 @@ def test_compiles_as_one_graph(recipe):
 @pytest.mark.parametrize("along", [None, 1])
 @pytest.mark.parametrize("tokens", [32, 50])
 def test_the_call_of_torchs_kernel(along, tokens):
-    """On a CPU, where torch has a slow form of it: operands as it wants them, filled up to multiples of 16."""
-    a, b = draw(32, tokens, dtype=torch.float32), draw(48, tokens, seed=1, dtype=torch.float32)
+    """On a CPU, where torch has a slow form of it: operands as it wants them, filled up to multiples of 16.
+
+    Mutations: no padding; data that keep the strides of a transposed operand.
+    """
+    a, b = draw(tokens, 32, dtype=torch.float32).t(), draw(48, tokens, seed=1, dtype=torch.float32)
     gradient, inputs = (quantize(one, dtype, encode_scale(one, dtype, along)) for one, dtype in ((a, E5M2), (b, E4M3)))
     found = scaled_mm(gradient, inputs, torch.bfloat16, fast=False)
     wanted = multiply(gradient, inputs, torch.float32, kernels=False)
