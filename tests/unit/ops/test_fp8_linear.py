@@ -184,6 +184,7 @@ def test_the_call_of_torchs_kernel(along, tokens):
     """
     a, b = draw(tokens, 32, dtype=torch.float32).t(), draw(48, tokens, seed=1, dtype=torch.float32)
     gradient, inputs = (quantize(one, dtype, encode_scale(one, dtype, along)) for one, dtype in ((a, E5M2), (b, E4M3)))
+    assert gradient.data.is_contiguous()
     found = scaled_mm(gradient, inputs, torch.bfloat16, fast=False)
     wanted = multiply(gradient, inputs, torch.float32, kernels=False)
     torch.testing.assert_close(found.float(), wanted, rtol=2.0**-8, atol=1e-3)
