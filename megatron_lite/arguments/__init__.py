@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from megatron_lite.arguments.command_line import COMMAND_LINE, Settings, build_parser, read_settings
-from megatron_lite.arguments.notices import pipeline_notices, recomputation_notices
+from megatron_lite.arguments.notices import fp8_notices, pipeline_notices, recomputation_notices
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
 from megatron_lite.arguments.show import config_as_yaml
@@ -60,6 +60,7 @@ def build_run_config(settings: Settings) -> RunConfig:
         if settings.values.get(option.field, ("", ""))[1] == COMMAND_LINE
     }
     notices = settings.notices + _settle(run) + list(flags_without_effect(run, given))
+    notices += fp8_notices(run, "fp8_recipe" in settings.values)
     run.notices = tuple(notices)
     return run
 

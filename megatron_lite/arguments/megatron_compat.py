@@ -16,6 +16,8 @@ ALIASES: dict[str, tuple[str, str | None]] = {
 # Refused flags that ask for nothing special beside a setting: flag -> (field, value).
 HARMLESS_WITH: dict[str, tuple[str, str]] = {
     "--no-position-embedding": ("position_embedding_type", "rope"),
+    "--fp8-amax-history-len": ("fp8_recipe", "tensorwise"),
+    "--fp8-amax-compute-algo": ("fp8_recipe", "tensorwise"),
 }
 
 

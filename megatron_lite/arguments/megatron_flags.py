@@ -123,6 +123,9 @@ NO_EFFECT: dict[str, str] = {
         --per-dataset-sequences-path= --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
         --object-storage-cache-path= --enable-msc --disable-msc
     """,
+    "Megatron-LM itself no longer reads it": """
+        --fp8-interval=
+    """,
     "experimental parts are switched one by one": """
         --enable-experimental
     """,
@@ -185,13 +188,21 @@ REFUSED: dict[str, str] = {
         --bert-embedder-type= --mamba-inference-conv-states-dtype= --mamba-inference-ssm-states-dtype= --spec=*
         --hybrid-layer-pattern= --hybrid-override-pattern=
     """,
-    "FP8 and FP4 training is not implemented; train with --bf16": """
-        --fp8-format= --fp8-recipe= --fp8-quantizer-factory= --fp8-margin= --fp8-interval= --fp8-amax-history-len=
-        --fp8-amax-compute-algo= --no-fp8-wgrad --disable-fp8-wgrad --fp8-output-proj --first-last-layers-bf16
-        --num-layers-at-start-in-bf16= --num-layers-at-end-in-bf16= --use-kitchen-attention
-        --kitchen-attention-backend= --fp4-format= --fp4-recipe= --fp4-quantizer-factory=
-        --reuse-grad-buf-for-mxfp8-param-ag --fp4-param-gather --fp8-param-gather --te-precision-config-file=
+    "fp8 scales are those of the tensor at hand (--fp8-recipe tensorwise or rowwise), not of earlier steps": """
+        --fp8-margin=0 --fp8-amax-history-len= --fp8-amax-compute-algo=
+    """,
+    "fp8 is for the products of linear layers; parameters, their communication and the output layer are not in fp8": """
+        --fp8-param-gather --fp8-output-proj --reuse-grad-buf-for-mxfp8-param-ag
+    """,
+    "--fp8-format and --fp8-recipe say how linear layers are computed, all their three products alike": """
+        --no-fp8-wgrad --disable-fp8-wgrad --fp8-quantizer-factory= --te-precision-config-file=
+        --use-kitchen-attention --kitchen-attention-backend=
+    """,
+    "routed experts are not in fp8": """
         --moe-router-padding-for-quantization --moe-router-padding-for-fp8
+    """,
+    "FP4 training is not implemented; train with --bf16, or with --fp8-format": """
+        --fp4-format= --fp4-recipe= --fp4-quantizer-factory= --fp4-param-gather
     """,
     "CUDA graphs are not implemented; --compile is": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-impl=none --cuda-graph-scope=* --cuda-graph-modules=*

@@ -41,3 +41,12 @@ def pipeline_notices(run: RunConfig) -> Iterator[str]:
             f"--pipeline-schedule {sizes.schedule}: with {whole} the gradients of weights are computed together with "
             "those of activations, so there is nothing to fill idle time with; interleaved idles less (tools/plan.py)."
         )
+
+
+def fp8_notices(run: RunConfig, recipe_is_given: bool) -> Iterator[str]:
+    """Which recipe was chosen for want of one."""
+    if run.transformer.fp8 is not None and not recipe_is_given:
+        yield (
+            f"--fp8-format {run.transformer.fp8}: scales are those of the tensor at hand (--fp8-recipe "
+            f"{run.transformer.fp8_recipe}), where Megatron-LM's default, delayed, takes them from earlier steps."
+        )

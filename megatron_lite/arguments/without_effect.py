@@ -101,6 +101,16 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
         ("moe_upcycling_granularity",),
     ),
     (
+        "--fp8-format",
+        lambda run: run.transformer.fp8 is not None,
+        ("fp8_recipe", "first_last_layers_bf16"),
+    ),
+    (
+        "--first-last-layers-bf16 and --fp8-format",
+        lambda run: run.transformer.first_last_layers_bf16 and run.transformer.fp8 is not None,
+        ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+    ),
+    (
         "--recompute-granularity selective",
         lambda run: run.transformer.recompute_granularity == "selective",
         ("recompute_modules",),

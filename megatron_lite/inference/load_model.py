@@ -70,6 +70,8 @@ def load_model(
         "moe_pad_expert_input_to_capacity": False,
         "moe_shared_expert_overlap": False,
         "moe_layer_recompute": False,
+        # Scales of a whole tensor would let one sequence depend on the others of its batch.
+        "fp8": None,
         "recompute_granularity": None,
         "recompute_method": None,
         "recompute_num_layers": None,

@@ -59,6 +59,8 @@ class _ParallelLinear(nn.Module):
     """What the column and the row layer share: the group, the checks and the form of the output."""
 
     bias: nn.Parameter | None
+    fp8_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """Computes the product, in a column layer with its communication, where a model is trained in fp8."""
 
     def __init__(
         self,
@@ -196,13 +198,17 @@ class ColumnParallelLinear(_ParallelLinear):
         if tuple(weight.shape) != expected:
             raise ConfigError(f"The weight's shape is {tuple(weight.shape)}, but this rank's shard is {expected}.")
         bias = self._bias_for(input_)
-        output = linear_with_grad_accumulation_and_async_allreduce(
-            input_,
-            weight,
-            None if self.skip_bias_add else bias,
-            sequence_parallel=self.sequence_parallel,
-            tp_group=self.tp_group if self.communicates else None,
-        )
+        added_here = None if self.skip_bias_add else bias
+        if self.fp8_linear is None:
+            output = linear_with_grad_accumulation_and_async_allreduce(
+                input_,
+                weight,
+                added_here,
+                sequence_parallel=self.sequence_parallel,
+                tp_group=self.tp_group if self.communicates else None,
+            )
+        else:
+            output = self.fp8_linear(input_, weight, added_here)
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gather and self.tp_size > 1:
             output = gather_from_tensor_model_parallel_region(output, self.tp_group)
@@ -271,15 +277,16 @@ class RowParallelLinear(_ParallelLinear):
         weight = local_in_dtype(self.weight, input_.dtype)
         bias = self._bias_for(input_)
         added_here = None if self.skip_bias_add else bias
+        multiply = self.fp8_linear or F.linear
         if not self.communicates:
-            output = F.linear(input_, weight, added_here)
+            output = multiply(input_, weight, added_here)
         else:
             reduce = (
                 reduce_scatter_to_sequence_parallel_region
                 if self.sequence_parallel
                 else reduce_from_tensor_model_parallel_region
             )
-            output = reduce(F.linear(input_, weight), self.tp_group)
+            output = reduce(multiply(input_, weight, None), self.tp_group)
             output = output if added_here is None else output + added_here
         return (output, bias) if self.skip_bias_add else output
 

@@ -35,6 +35,7 @@ from megatron_lite.training.step import sum_over
 from megatron_lite.training.throughput import Throughput, peak_tflops
 from megatron_lite.training.train import Run
 from megatron_lite.training.writers import Writers
+from megatron_lite.transformer.fp8 import fp8_remarks
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
@@ -134,6 +135,10 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
     )
     active = f", {count.active:,} of them active for a token" if count.experts else ""
     print_rank_0(f" > number of parameters: {count.total:,}{active} ({shown})")
+    if config.transformer.fp8 is not None:
+        layers = [one for chunk in model_chunks for one in chunk.modules() if isinstance(one, TransformerLayer)]
+        for remark in dict.fromkeys(remark for layer in layers for remark in fp8_remarks(layer, device)):
+            print_rank_0(f"note: --fp8-format: {remark}")
     return model_chunks
 
 

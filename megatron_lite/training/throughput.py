@@ -21,7 +21,7 @@ PEAK_TFLOPS = (
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The device's bf16 peak in TFLOP/s, or None where the datasheet value is not known (a CPU, say)."""
+    """The device's bf16 peak in TFLOP/s, in fp8 runs too, or None where it is not known (a CPU, say)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from megatron_lite.config_field import knob
 from megatron_lite.model_parallel_config import divisors as divisors
 from megatron_lite.model_parallel_config import nearest_multiples as nearest_multiples
+from megatron_lite.ops.fp8_linear import FORMATS, RECIPES
 from megatron_lite.transformer.activations import quick_gelu, squared_relu
 from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
 from megatron_lite.transformer.attention_choices import uses_window as uses_window
 from megatron_lite.transformer.attention_config import AttentionConfig
+from megatron_lite.transformer.fp8 import fp8_violations
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.moe.moe_rules import layer_frequency_violations
 
@@ -58,6 +60,21 @@ class TransformerConfig(AttentionConfig):
 
     # Numerics
     fp32_residual_connection: bool = knob(False, "Keep the residual stream in float32.")
+    fp8: str | None = knob(
+        None,
+        "Multiply the linear layers of transformer layers in 8-bit floating point: e4m3, or hybrid, which has e5m2 for "
+        "gradients.",
+        flag="--fp8-format",
+        choices=tuple(FORMATS),
+    )
+    fp8_recipe: str = knob(
+        "tensorwise",
+        "fp8: one scale for each tensor, or one for each row (Megatron's default, delayed, is not there).",
+        choices=RECIPES,
+    )
+    first_last_layers_bf16: bool = knob(False, "Keep layers at both ends of the model out of fp8; the next say which.")
+    num_layers_at_start_in_bf16: int = knob(1, "--first-last-layers-bf16: layers at the start.")
+    num_layers_at_end_in_bf16: int = knob(1, "--first-last-layers-bf16: layers at the end.")
     transformer_impl: str = knob(
         "auto",
         "auto uses the fastest present; local uses torch only; transformer_engine insists on that package.",
@@ -190,6 +207,7 @@ class TransformerConfig(AttentionConfig):
             if (getattr(self, name) or 0.0) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
         found += layer_frequency_violations(self, self.num_layers)
+        found += fp8_violations(self)
         return found + self._recompute_violations()
 
     def _recompute_violations(self) -> list[str]:

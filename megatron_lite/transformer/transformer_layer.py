@@ -8,6 +8,7 @@ from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
 from megatron_lite.transformer.attention import Attention, SelfAttention
+from megatron_lite.transformer.fp8 import use_fp8
 from megatron_lite.transformer.mlp import MLP
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
@@ -73,6 +74,7 @@ class TransformerLayer(MegatronModule):
         self.mlp: MLP | MoELayer = (
             MoELayer(config, layer_number, pg_collection) if has_experts else MLP(config, pg_collection=pg_collection)
         )
+        use_fp8(self, config, layer_number, pg_collection)
 
     def forward(
         self,

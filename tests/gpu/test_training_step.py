@@ -35,7 +35,7 @@ def groups():
 
 
 def small_model(
-    device: torch.device, compile_layers: bool = False, optimizer: dict[str, Any] | None = None, **settings: bool
+    device: torch.device, compile_layers: bool = False, optimizer: dict[str, Any] | None = None, **settings: bool | str
 ):
     """Two layers and an optimizer."""
     config = TransformerConfig(

@@ -118,10 +118,11 @@ class Layout:
         """The same model on one process: what its reference is computed with.
 
         The mean of micro-batch means and the balance losses of experts are another objective for each number of
-        micro-batches, so that number is kept. To the global balance loss the micro-batches of all data parallel ranks
-        that are computed at a time are one.
+        micro-batches, and the scales of fp8 are those of one, so that number is kept. To the global balance loss the
+        micro-batches of all data parallel ranks that are computed at a time are one.
         """
-        by_micro_batch = not self.per_token_loss or self.moe is not None
+        in_fp8 = "fp8" in VARIANTS.get(self.variant or "", {})
+        by_micro_batch = not self.per_token_loss or self.moe is not None or in_fp8
         replicas = 1 if self.moe == "global" else self.dp
         return Layout(
             layers=self.layers,
@@ -184,10 +185,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinks": {"softmax_type": "learnable", "glu_linear_offset": 1.0, "activation_func_clamp_value": 0.7},
     "windows": {"softmax_type": "learnable", "window_size": (3, 0), "window_attn_skip_freq": 2},
     "gates": {"attention_output_gate": True, "no_rope_freq": 2, "layernorm_zero_centered_gamma": True},
+    "fp8": {"fp8": "hybrid"},
+    "fp8_rowwise": {"fp8": "hybrid", "fp8_recipe": "rowwise"},
     "off_by_one": {"softmax_type": "off-by-one", "window_size": (2, 0), "window_attn_skip_freq": [1, 0]},
 }
 """Kinds of layers: latent attention, multi-token prediction, attention sinks and windows, gates and layers without
-positions."""
+positions, products in fp8."""
 
 
 @dataclass

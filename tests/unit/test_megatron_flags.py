@@ -107,16 +107,19 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
     [
         (["--moe-latent-size", "8"], "--moe-latent-size 8 is given, but not supported: this variant of a mixture"),
         (["--mtp-use-repeated-layer"], "--mtp-use-repeated-layer is given, but not supported: this variant of multi-"),
-        (["--fp8-format", "hybrid"], "--fp8-format hybrid is given, but not supported: FP8"),
         (["--main-params-dtype", "fp16"], "--main-params-dtype fp16 is given, but not supported"),
         (["--lion-beta1", "0.9"], "--optimizer adam, sgd and muon are"),
+        (["--fp8-param-gather"], "--fp8-param-gather is given, but not supported: fp8 is for the products"),
+        (["--fp8-margin", "1"], "--fp8-margin 1 is given, but not supported: fp8 scales are those of the tensor"),
+        (["--no-fp8-wgrad"], "--no-fp8-wgrad is given, but not supported: --fp8-format and --fp8-recipe say"),
+        (["--fp4-format", "e2m1"], "--fp4-format e2m1 is given, but not supported: FP4"),
         (["--ckpt-format", "fsdp_dtensor"], "--ckpt-format fsdp_dtensor is given, but not supported"),
         (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
         (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
         (["--batch-size", "8"], "write --micro-batch-size"),
         (["--moe-paged-stash", "--moe-paged-stash-page-size", "8"], "--moe-paged-stash, --moe-paged-stash-page-size 8"),
         (["--moe-dispatch-fwd-dtype", "mxfp8"], "--moe-dispatch-fwd-dtype mxfp8 is given, but not supported"),
-        (["--moe-router-padding-for-fp8"], "--moe-router-padding-for-fp8 is given, but not supported: FP8"),
+        (["--moe-router-padding-for-fp8"], "--moe-router-padding-for-fp8 is given, but not supported: routed"),
     ],
 )
 def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: str) -> None:
@@ -132,6 +135,8 @@ def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: s
         ["--ckpt-format", "torch_dist"],
         ["--rope-type", "rope"],
         ["--moe-combine-bwd-dtype", "bf16"],
+        ["--fp8-margin", "0"],
+        ["--fp8-recipe", "tensorwise", "--fp8-amax-history-len", "1024", "--fp8-amax-compute-algo", "max"],
     ],
 )
 def test_values_that_ask_for_nothing_special_pass(words: list[str]) -> None:
@@ -140,11 +145,11 @@ def test_values_that_ask_for_nothing_special_pass(words: list[str]) -> None:
 
 def test_compatibility_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "megatron.yaml"
-    path.write_text("masked_softmax_fusion: true\nnum_experts: null\nfp8_format: hybrid\nmoe_grouped_gemm: false\n")
+    path.write_text("masked_softmax_fusion: true\nnum_experts: null\nfp4_format: e2m1\nmoe_grouped_gemm: false\n")
     settings = read_settings(["--config", str(path)])
     assert len(settings.notices) == 1
     assert len(settings.problems) == 1
-    assert "--fp8-format hybrid" in settings.problems[0]
+    assert "--fp4-format e2m1" in settings.problems[0]
 
 
 def test_second_spellings() -> None:
@@ -234,9 +239,27 @@ def test_muon_as_in_megatron() -> None:
 
 
 def test_llama3_example_in_fp8_is_refused_by_name() -> None:
+    """Its scales are those of earlier steps, and its parameters travel in fp8."""
     with pytest.raises(ConfigError) as caught:
         parse_args([*LLAMA3_8B, *LLAMA3_8B_FP8])
     message = str(caught.value)
-    for name in LLAMA3_8B_FP8[::2]:
+    for name in ("--fp8-amax-history-len 1024, --fp8-amax-compute-algo max", "--fp8-param-gather"):
         assert name in message
-    assert "\n" not in message
+    assert "--fp8-format" not in message.replace("--fp8-format hybrid", "")
+
+
+def test_llama3_example_in_fp8_with_scales_of_the_tensor_at_hand() -> None:
+    run = parse_args([*LLAMA3_8B, *LLAMA3_8B_FP8[:-1], "--fp8-recipe", "tensorwise", "--first-last-layers-bf16"])
+    assert (run.transformer.fp8, run.transformer.fp8_recipe) == ("hybrid", "tensorwise")
+    assert not any("fp8" in notice for notice in run.notices)
+    (notice,) = [one for one in parse_args([*LLAMA3_8B, "--fp8-format", "e4m3"]).notices if "fp8" in one]
+    assert "--fp8-recipe tensorwise), where Megatron-LM's default, delayed" in notice
+    idle = parse_args([*LLAMA3_8B, "--first-last-layers-bf16", "--num-layers-at-end-in-bf16", "2"]).notices
+    assert "--first-last-layers-bf16: without effect, because it belongs to --fp8-format." in idle
+    assert any(one.startswith("--num-layers-at-end-in-bf16: without effect") for one in idle)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8", "blockwise", "custom"])
+def test_recipes_that_are_not_there_are_refused_with_those_that_are(recipe: str) -> None:
+    with pytest.raises(ConfigError, match=f"fp8_recipe is '{recipe}', but must be one of: tensorwise, rowwise"):
+        parse_args([*LLAMA3_8B, "--fp8-format", "hybrid", "--fp8-recipe", recipe])

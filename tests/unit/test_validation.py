@@ -51,6 +51,19 @@ LATENT: dict[str, str | None] = {**ROPE, "multi_latent_attention": None}
 
 # world size, changed settings, and what the one sentence must hold: the value, the rule's number, the remedy
 CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
+    (1, {"fp8_format": "hybrid"}, ["fp8_format is hybrid without bf16", "add --bf16 (or --fp64"]),
+    (1, {"fp8_format": "hybrid", "fp16": None}, ["fp8_format is hybrid without bf16", "add --bf16"]),
+    (1, {"fp8_format": "e5m2", "bf16": None}, ["fp8 is 'e5m2'", "e4m3, hybrid"]),
+    (
+        4,
+        {"fp8_format": "e4m3", "bf16": None, "num_query_groups": "2", "tensor_model_parallel_size": "4"},
+        ["num_query_groups 2 and tensor_model_parallel_size 4", "parts of its gradient", "among 1, 2,"],
+    ),
+    (
+        1,
+        {"fp8_format": "e4m3", "bf16": None, "first_last_layers_bf16": None},
+        ["num_layers_at_start_in_bf16 is 1 and num_layers_at_end_in_bf16 1", "of the 2 layers", "choose fewer"],
+    ),
     (6, {"tensor_model_parallel_size": "4"}, ["world_size is 6", "multiple of", "= 4", "4 or 8"]),
     (1, {"hidden_size": "66"}, ["hidden_size is 66", "num_attention_heads (4)", "64 or 68", "--kv-channels"]),
     (1, {"num_query_groups": "3"}, ["num_query_groups is 3", "divide num_attention_heads (4)", "1, 2, 4"]),
