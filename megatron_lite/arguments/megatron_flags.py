@@ -153,8 +153,8 @@ REFUSED: dict[str, str] = {
     "this variant of multi-token prediction is not implemented; its layers stand in the last pipeline stage": """
         --mtp-standalone --mtp-use-repeated-layer --mtp-detach-heads --mtp-hsm --mtp-hybrid-override-pattern=
     """,
-    "activations are recomputed (--recompute-granularity) rather than moved to the host": """
-        --cpu-offloading-num-layers=0 --fine-grained-activation-offloading --offload-modules=*
+    "activations move to the host by whole layers: write --cpu-offloading-num-layers": """
+        --fine-grained-activation-offloading --offload-modules=*
         --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks= --activation-offload-fraction=
         --fine-grained-offloading-max-inflight-offloads=
     """,
