@@ -1,5 +1,7 @@
 """Bytes of one rank, worked out from the numbers of parameters and the shape of the activations."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,17 +70,22 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, at the end of the backward pass of the last micro-batch."""
+    """Bytes of one rank, at the end of the backward pass of the last micro-batch.
+
+    Attributes:
+        on_host: activations that wait in the host's memory (--cpu-offloading-num-layers).
+    """
 
     master_weights: int
     compute_weights: int
     gradients: int
     optimizer_state: int
     activations: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them on the device."""
         return self.master_weights + self.compute_weights + self.gradients + self.optimizer_state + self.activations
 
 
@@ -116,6 +123,7 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
         gradients=size.stored * main + waiting * reduce,
         optimizer_state=size.stored * main * moments,
         activations=activation_bytes(run) if activations is None else activations,
+        on_host=offloaded_bytes(run),
     )
 
 
@@ -159,7 +167,11 @@ def _activations(run: RunConfig, held: Sequence[int], depths: int) -> tuple[int,
     def of_layer(index: int) -> float:
         return 4 * stream + attention + (_of_experts(run) if is_moe_layer(c, index + 1) else _of_mlp(run))
 
-    elements, last = sum(map(of_layer, held)), of_layer(c.num_layers)  # the layers of multi-token prediction are alike
+    layers, last = [of_layer(index) for index in held], of_layer(c.num_layers)  # like that of multi-token prediction
+    elements = sum(layers)
+    if (offloaded := c.cpu_offloading_num_layers) > 0:
+        # Those that stay; or, before, two layers of which one is coming or going.
+        elements = max(sum(layers[offloaded:]), *map(sum, itertools.pairwise(layers[: offloaded + 1])))
     if c.recompute_granularity == "full" and c.recompute_num_layers:
         if held:
             layer = elements / len(held)
@@ -172,6 +184,13 @@ def _activations(run: RunConfig, held: Sequence[int], depths: int) -> tuple[int,
     elements += depths * (5 * stream + last)
     size = tokens * c.params_dtype.itemsize
     return int(size * elements), int(size * anew)
+
+
+def offloaded_bytes(run: RunConfig) -> int:
+    """Bytes of activations that wait in the host's memory."""
+    c = run.transformer
+    everything = dataclasses.replace(c, cpu_offloading_num_layers=0)
+    return _activations(dataclasses.replace(run, transformer=everything), range(c.cpu_offloading_num_layers), 0)[0]
 
 
 def activations_of_pipeline(run: RunConfig) -> list[int]:
@@ -195,7 +214,8 @@ def _pipelined(run: RunConfig) -> bool:
 def _of_attention(run: RunConfig) -> tuple[float, float]:
     """What one layer's attention keeps, per token, and what it makes anew in backward: both split over tensor ranks.
 
-    It keeps queries, keys and values and its output, with an output gate also the sigmoid and the product. In latent
+    It keeps queries, keys and values and its output, with an output gate also the sigmoid and the product. Queries and
+    keys that are rotated or normalized exist twice: the values are a view of what was projected, all of it. In latent
     attention all four are as wide as the wider of queries and values, and the output projection reads a copy without
     the filling. Latents are kept before and behind their norms, whole but for sequence parallelism. Recomputing
     mla_up_proj keeps them and the output alone.
@@ -203,8 +223,10 @@ def _of_attention(run: RunConfig) -> tuple[float, float]:
     c, heads = run.transformer, run.transformer.num_attention_heads
     tp = c.tensor_model_parallel_size
     if not c.multi_latent_attention:
-        query_like = (4 if c.attention_output_gate else 2) * heads
-        return (query_like + 2 * (c.num_query_groups or 0)) * (c.kv_channels or 0) / tp, 0.0
+        groups = c.num_query_groups or 0
+        changed = c.qk_layernorm or run.gpt.position_embedding_type in ("rope", "yarn")
+        kept = (4 if c.attention_output_gate else 2) * heads + 2 * groups + (heads + groups if changed else 0)
+        return kept * (c.kv_channels or 0) / tp, 0.0
     width = max(c.query_channels, c.value_channels)
     projected = 3 * heads * width / tp
     output = heads * (width + (c.value_channels if c.value_channels < width else 0)) / tp
@@ -221,9 +243,16 @@ def _of_attention(run: RunConfig) -> tuple[float, float]:
 
 
 def _of_mlp(run: RunConfig) -> float:
-    """Activations that a dense MLP keeps, per token: two or three of width f, split over tensor ranks."""
+    """Activations that a dense MLP keeps, per token: of width f, split over tensor ranks.
+
+    Those are the output of the first product and the input of the second. A gated one has two halves, and keeps what
+    the gates' activation made of one unless the compiler makes it again. A recomputed MLP keeps none of this.
+    """
     c = run.transformer
-    return (3 if c.gated_linear_unit else 2) * (c.ffn_hidden_size or 0) / c.tensor_model_parallel_size
+    if c.recompute_granularity == "selective" and "mlp" in (c.recompute_modules or []):
+        return 0.0
+    widths = (3 if run.training.compile else 4) if c.gated_linear_unit else 2
+    return widths * (c.ffn_hidden_size or 0) / c.tensor_model_parallel_size
 
 
 def _of_experts(run: RunConfig) -> float:
@@ -242,7 +271,7 @@ def _of_experts(run: RunConfig) -> float:
     first = 2 if c.gated_linear_unit else 1
     kept = first if "moe_act" in recomputed else 2 * first + 1
     row = c.hidden_size + kept * (c.moe_ffn_hidden_size or 0) / etp
-    shared = (3 if c.gated_linear_unit else 2) * (c.moe_shared_expert_intermediate_size or 0) / tp
+    shared = (4 if c.gated_linear_unit else 2) * (c.moe_shared_expert_intermediate_size or 0) / tp
     return c.moe_router_topk * row * etp / tp + shared
 
 

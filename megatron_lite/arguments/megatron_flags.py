@@ -55,7 +55,7 @@ NO_EFFECT: dict[str, str] = {
     """,
     "tuning of a memory or launch cost that this framework does not have": """
         --cpu-offloading-retain-pinned-cpu-buffers --cuda-graph-warmup-steps= --min-offloaded-tensor-size=
-        --empty-unused-memory-level= --train-sync-interval= --no-pin-cpu-grads --no-pin-cpu-params
+        --train-sync-interval= --no-pin-cpu-grads --no-pin-cpu-params
     """,
     "attention uses the best backend present; choose one with --attention-backend": """
         --flash-attention-version= --use-flash-attn

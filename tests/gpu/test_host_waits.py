@@ -15,6 +15,7 @@ from megatron_lite.training import setup
 from megatron_lite.training.batches import MicroBatchStream
 from megatron_lite.training.initialize import distributed_environment
 from megatron_lite.training.step import train_step
+from megatron_lite.transformer import activation_offload
 from tests.unit.training.test_host_waits import BASE, SEQUENCE, STEPS
 
 pytestmark = [
@@ -25,6 +26,7 @@ CASES = STEPS | {
     "sgd": "--optimizer sgd --bf16",
     "compiled": "--compile --bf16",
     "documents, compiled": "--compile --bf16 --dataloader-inter-document-masking",
+    "activations on the host": "--bf16 --cpu-offloading-num-layers 1 --hidden-dropout 0.1",
 }
 
 
@@ -50,6 +52,7 @@ def test_no_host_wait(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("torch's grouped product reads the counts on GPUs before Hopper")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 1)
     config = parse_args([*BASE, *words.split()])
     with distributed_environment(config) as device:
         chunks = setup.build_model(

@@ -7,8 +7,8 @@ wait is looked for by `NoBlockingCopies`: a copy to the device that is not non_b
 Allowed: what the tests of this file leave out or expect to raise. Tokens that travel between expert parallel ranks, or
 are dropped by all-gathering ranks, are counted on the host (`--moe-pad-expert-input-to-capacity` needs no counts),
 the grouped products of some backends (ops/grouped_linear.py) and `sinkhorn`, which ends when it has converged.
-Compiled layers are whole graphs, in which reading a number is an error. FSDP2, torch's pipeline schedules and fused SGD
-do not run on the meta device.
+Compiled layers are whole graphs, in which reading a number is an error. FSDP2, pipeline schedules, fused SGD and
+activations that go to the host do not run on the meta device.
 """
 
 import contextlib
