@@ -56,7 +56,7 @@ def describe(run: RunConfig) -> str:
     with fake_cluster(run):
         sizes = _sizes_of_pipeline(run, vocab_size)
         layout = list(_layout_lines(run))
-    memories = [memory_of(run, *both) for both in zip(sizes, activations_of_pipeline(run), strict=True)]
+    memories = _memories(run, sizes)
     fullest = max(range(len(memories)), key=lambda rank: memories[rank].total)
     which = "rank 0" if len(memories) == 1 else f"pipeline rank {fullest}, the fullest"
     sections = {
@@ -68,6 +68,23 @@ def describe(run: RunConfig) -> str:
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
     return "\n".join([*run.notices, *blocks])
+
+
+def estimated_memory(run: RunConfig) -> Memory:
+    """Bytes of the fullest rank.
+
+    Raises:
+        ConfigError: as `describe`.
+    """
+    vocab_size = _vocab_size(run)
+    with fake_cluster(run):
+        sizes = _sizes_of_pipeline(run, vocab_size)
+    return max(_memories(run, sizes), key=lambda memory: memory.total)
+
+
+def _memories(run: RunConfig, sizes: list[ModelSize]) -> list[Memory]:
+    """Of a rank of each pipeline stage."""
+    return [memory_of(run, *both) for both in zip(sizes, activations_of_pipeline(run), strict=True)]
 
 
 @contextmanager
@@ -244,6 +261,8 @@ def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:
     unit, name_of_unit = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
     for name, size in rows.items():
         yield f"{name:<28} {size / unit:>10.3f} {name_of_unit}"
+    if memory.on_host:
+        yield f"{'activations on the host':<28} {memory.on_host / unit:>10.3f} {name_of_unit}"
     yield "Not counted: temporary buffers, the loss of one chunk of tokens, the allocator's fragmentation."
 
 

@@ -1,5 +1,7 @@
 """Bytes of one rank, worked out from the numbers of parameters and the shape of the activations."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 from megatron_lite.arguments import RunConfig
 from megatron_lite.optimizer.config import moment_dtype
 from megatron_lite.transformer.attention_choices import cp_comm_type_of
+from megatron_lite.transformer.mlp import is_swiglu
 from megatron_lite.transformer.moe.experts import weighs_output
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 
@@ -73,17 +76,22 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, at the end of the backward pass of the last micro-batch."""
+    """Bytes of one rank, at the end of the backward pass of the last micro-batch.
+
+    Attributes:
+        on_host: activations that wait in the host's memory (--cpu-offloading-num-layers).
+    """
 
     master_weights: int
     compute_weights: int
     gradients: int
     optimizer_state: int
     activations: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them on the device."""
         return self.master_weights + self.compute_weights + self.gradients + self.optimizer_state + self.activations
 
 
@@ -120,6 +128,7 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
         gradients=size.stored * main + waiting * reduce,
         optimizer_state=_optimizer_state(run, size),
         activations=activation_bytes(run) if activations is None else activations,
+        on_host=offloaded_bytes(run),
     )
 
 
@@ -174,7 +183,11 @@ def _activations(run: RunConfig, held: Sequence[int], depths: int) -> tuple[int,
     def of_layer(index: int) -> float:
         return 4 * stream + attention + (_of_experts(run) if is_moe_layer(c, index + 1) else _of_mlp(run))
 
-    elements, last = sum(map(of_layer, held)), of_layer(c.num_layers)  # the layers of multi-token prediction are alike
+    layers, last = [of_layer(index) for index in held], of_layer(c.num_layers)  # like that of multi-token prediction
+    elements = sum(layers)
+    if (offloaded := c.cpu_offloading_num_layers) > 0:
+        # Those that stay; or, before, two layers of which one is coming or going.
+        elements = max(sum(layers[offloaded:]), *map(sum, itertools.pairwise(layers[: offloaded + 1])))
     if c.recompute_granularity == "full" and c.recompute_num_layers:
         if held:
             layer = elements / len(held)
@@ -187,6 +200,13 @@ def _activations(run: RunConfig, held: Sequence[int], depths: int) -> tuple[int,
     elements += depths * (5 * stream + last)
     size = tokens * c.params_dtype.itemsize
     return int(size * elements), int(size * anew)
+
+
+def offloaded_bytes(run: RunConfig) -> int:
+    """Bytes of activations that wait in the host's memory."""
+    c = run.transformer
+    everything = dataclasses.replace(c, cpu_offloading_num_layers=0)
+    return _activations(dataclasses.replace(run, transformer=everything), range(c.cpu_offloading_num_layers), 0)[0]
 
 
 def activations_of_pipeline(run: RunConfig) -> list[int]:
@@ -210,7 +230,8 @@ def _pipelined(run: RunConfig) -> bool:
 def _of_attention(run: RunConfig) -> tuple[float, float]:
     """What one layer's attention keeps, per token, and what it makes anew in backward: both split over tensor ranks.
 
-    It keeps queries, keys and values and its output, with an output gate also the sigmoid and the product. In latent
+    It keeps queries, keys and values and its output, with an output gate also the sigmoid and the product. Queries and
+    keys that are rotated or normalized exist twice: the values are a view of what was projected, all of it. In latent
     attention all four are as wide as the wider of queries and values, and the output projection reads a copy without
     the filling. Latents are kept before and behind their norms, whole but for sequence parallelism. Recomputing
     mla_up_proj keeps them and the output alone.
@@ -218,8 +239,10 @@ def _of_attention(run: RunConfig) -> tuple[float, float]:
     c, heads = run.transformer, run.transformer.num_attention_heads
     tp = c.tensor_model_parallel_size
     if not c.multi_latent_attention:
-        query_like = (4 if c.attention_output_gate else 2) * heads
-        return (query_like + 2 * (c.num_query_groups or 0)) * (c.kv_channels or 0) / tp, 0.0
+        groups = c.num_query_groups or 0
+        changed = c.qk_layernorm or run.gpt.position_embedding_type in ("rope", "yarn")
+        kept = (4 if c.attention_output_gate else 2) * heads + 2 * groups + (heads + groups if changed else 0)
+        return kept * (c.kv_channels or 0) / tp, 0.0
     width = max(c.query_channels, c.value_channels)
     projected = 3 * heads * width / tp
     output = heads * (width + (c.value_channels if c.value_channels < width else 0)) / tp
@@ -235,16 +258,30 @@ def _of_attention(run: RunConfig) -> tuple[float, float]:
     return projected + output, 0.0
 
 
-def _of_mlp(run: RunConfig) -> float:
-    """Activations that a dense MLP keeps, per token: two or three of width f, split over tensor ranks."""
+def _kept_activations(run: RunConfig) -> int:
+    """How many times its width an MLP keeps, per token: the output of its first product and the input of its second.
+
+    A gated one's first output has two halves, and it keeps what the activation made of the gates, unless that is made
+    again, by the compiler or by `swiglu`.
+    """
     c = run.transformer
-    return (3 if c.gated_linear_unit else 2) * (c.ffn_hidden_size or 0) / c.tensor_model_parallel_size
+    if not c.gated_linear_unit:
+        return 2
+    return 3 if run.training.compile or is_swiglu(c) else 4
+
+
+def _of_mlp(run: RunConfig) -> float:
+    """Activations that a dense MLP keeps, per token, split over tensor ranks; nothing if it is recomputed."""
+    c = run.transformer
+    if c.recompute_granularity == "selective" and "mlp" in (c.recompute_modules or []):
+        return 0.0
+    return _kept_activations(run) * (c.ffn_hidden_size or 0) / c.tensor_model_parallel_size
 
 
 def _of_experts(run: RunConfig) -> float:
     """What a layer of experts keeps, per token, when the load is even: for each of the topk choices the row (h) and
-    two activations of one expert, gated four, split over expert tensor ranks, with what its probability weighs: one
-    more of them, or the output (h); and the shared experts' activations.
+    activations of one expert (`_kept_activations`), split over expert tensor ranks, and what its probability weighs,
+    one more of them or the output (h); and the shared experts' activations.
 
     A rank routes 1 / tp of the tokens, and gets as many rows from others as it sends, on each expert tensor rank.
     Recomputing moe_act keeps the output of the first product only (one activation, gated two), recomputing moe none
@@ -259,9 +296,9 @@ def _of_experts(run: RunConfig) -> float:
     width = (c.moe_ffn_hidden_size or 0) / etp
     kept = first * width
     if "moe_act" not in recomputed:
-        kept += first * width + (c.hidden_size if weighs_output(c) else width)
+        kept += (_kept_activations(run) - first) * width + (c.hidden_size if weighs_output(c) else width)
     row = c.hidden_size + kept
-    shared = (3 if c.gated_linear_unit else 2) * (c.moe_shared_expert_intermediate_size or 0) / tp
+    shared = _kept_activations(run) * (c.moe_shared_expert_intermediate_size or 0) / tp
     return c.moe_router_topk * row * etp / tp + shared
 
 

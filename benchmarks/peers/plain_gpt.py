@@ -80,9 +80,10 @@ class PlainGPT(nn.Module):
 
     def __init__(self, config: PlainGPTConfig) -> None:
         super().__init__()
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.hidden_size),
+                "wte": embedding,
                 "wpe": nn.Embedding(config.max_length, config.hidden_size),
                 "h": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
                 "ln_f": nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon),
@@ -90,12 +91,12 @@ class PlainGPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.transformer["wte"].weight
+            self.lm_head.weight = embedding.weight
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over all tokens, a scalar."""
         parts: Any = self.transformer
-        x: Tensor = parts.wte(tokens) + parts.wpe(torch.arange(tokens.size(1), device=tokens.device))
+        x = parts.wte(tokens) + parts.wpe(torch.arange(tokens.size(1), device=tokens.device))
         for block in parts.h:
             x = block(x)
         logits = self.lm_head(parts.ln_f(x))

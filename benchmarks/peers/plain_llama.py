@@ -123,22 +123,23 @@ class PlainLlama(nn.Module):
     def __init__(self, config: PlainLlamaConfig) -> None:
         super().__init__()
         self.config = config
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": embedding,
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
                 "norm": nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon),
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = embedding.weight
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over all tokens, a scalar."""
         parts: Any = self.model
         cos, sin = self.rotary_tables(tokens.size(1), tokens.device)
-        x: Tensor = parts.embed_tokens(tokens)
+        x = parts.embed_tokens(tokens)
         for block in parts.layers:
             x = block(x, cos, sin)
         logits = self.lm_head(parts.norm(x))

@@ -55,7 +55,7 @@ NO_EFFECT: dict[str, str] = {
     """,
     "tuning of a memory or launch cost that this framework does not have": """
         --cpu-offloading-retain-pinned-cpu-buffers --cuda-graph-warmup-steps= --min-offloaded-tensor-size=
-        --empty-unused-memory-level= --train-sync-interval= --no-pin-cpu-grads --no-pin-cpu-params
+        --train-sync-interval= --no-pin-cpu-grads --no-pin-cpu-params
     """,
     "attention uses the best backend present; choose one with --attention-backend": """
         --flash-attention-version= --use-flash-attn
@@ -156,8 +156,8 @@ REFUSED: dict[str, str] = {
     "this variant of multi-token prediction is not implemented; its layers stand in the last pipeline stage": """
         --mtp-standalone --mtp-use-repeated-layer --mtp-detach-heads --mtp-hsm --mtp-hybrid-override-pattern=
     """,
-    "activations are recomputed (--recompute-granularity) rather than moved to the host": """
-        --cpu-offloading-num-layers=0 --fine-grained-activation-offloading --offload-modules=*
+    "activations move to the host by whole layers: write --cpu-offloading-num-layers": """
+        --fine-grained-activation-offloading --offload-modules=*
         --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks= --activation-offload-fraction=
         --fine-grained-offloading-max-inflight-offloads=
     """,

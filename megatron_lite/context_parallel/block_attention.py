@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.context_parallel.blocks import Block
+from megatron_lite.host_copies import copy_to_device
 from megatron_lite.ops.attention_block import Lengths, attention_block, attention_block_backward, merge
 
 _BLOCKS_PER_CALL = 512
@@ -170,18 +171,13 @@ def _places(ranges: list[tuple[int, int]], device: torch.device) -> slice | Tens
     """The rows of some ranges."""
     if all(before[1] == after[0] for before, after in itertools.pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
-    return _to_device(torch.cat([torch.arange(start, end) for start, end in ranges]), device)
+    return copy_to_device(torch.cat([torch.arange(start, end) for start, end in ranges]), device)
 
 
 def _cumulative(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
     """int32 [ranges + 1]: where each range begins when they lie one behind the other, and the end."""
     ends = itertools.accumulate((end - start for start, end in ranges), initial=0)
-    return _to_device(torch.tensor(list(ends), dtype=torch.int32), device)
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy for which the host does not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return copy_to_device(torch.tensor(list(ends), dtype=torch.int32), device)
 
 
 def of_step(plan: list[Block], step: int) -> list[Block]:

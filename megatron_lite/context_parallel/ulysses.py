@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.context_parallel.sharding import zigzag_positions
 from megatron_lite.errors import ConfigError
+from megatron_lite.host_copies import copy_to_device
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel.mappings import all_to_all
 
@@ -44,7 +45,7 @@ def order_of_group(stretches: tuple[int, ...], cp_size: int, ranks: range, devic
     """
     with torch.inference_mode(False):  # training may come later, and want to keep what an evaluation found
         order = torch.cat([zigzag_positions(stretches, cp_size, rank) for rank in ranks]).argsort()
-        return torch.stack((order, order.argsort())).to(device)
+        return copy_to_device(torch.stack((order, order.argsort())), device)
 
 
 def scatter_heads(

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.context_parallel import PackedSeqParams, get_batch_on_this_cp_rank
 from megatron_lite.errors import ConfigError
+from megatron_lite.host_copies import copy_to_device
 from megatron_lite.models.gpt.future_tokens import future_tokens
 
 MicroBatch = dict[str, Any]
@@ -99,7 +100,12 @@ class MicroBatchStream:
             needed = {name: value for name, value in batch.items() if name not in read}
             mine = prepare(needed, self._cp_group, self._padding, self._depths)
             sent = {name: value for name, value in mine.items() if name not in self._dropped}
-            batches.append({name: _send(value, self._device) for name, value in sent.items()})
+            batches.append(
+                {
+                    name: copy_to_device(value, self._device) if isinstance(value, Tensor) else value
+                    for name, value in sent.items()
+                }
+            )
         return batches
 
 
@@ -157,13 +163,3 @@ def packed_documents(document_starts: Tensor, padding: int = 0) -> PackedSeqPara
         max_seqlen_kv=longest,
         cu_seqlens_split=torch.arange(batch + 1, dtype=torch.int32) * padded,
     )
-
-
-def _send(value: Any, device: torch.device) -> Any:
-    """A tensor on its way to the device. Out of pageable memory (padded and split tensors are new) the copy would wait
-    for all that the device still has to do."""
-    if not isinstance(value, Tensor):
-        return value
-    if device.type == "cuda" and not value.is_pinned():
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)

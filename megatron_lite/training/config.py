@@ -67,6 +67,12 @@ class TrainingConfig(Validated):
         metavar="N",
     )
     compile: bool = knob(False, "Compile each transformer layer with torch.compile.")
+    empty_unused_memory_level: int = knob(
+        0,
+        "Give cached GPU memory back: 1 after each backward pass and evaluation step, 2 also after each update. The "
+        "host waits for the GPU each time.",
+        choices=(0, 1, 2),
+    )
 
     def violations(self) -> list[str]:
         """Every broken rule of this group, one sentence each."""

@@ -23,11 +23,13 @@ def evaluate(
     dp_cp_group: dist.ProcessGroup | None,
     pp_group: dist.ProcessGroup | None = None,
     forward_backward_func: ForwardBackward = forward_backward_no_pipelining,
+    empty_unused_memory: bool = False,
 ) -> float:
     """Mean loss over the valid tokens of `iterations` global batches, on every rank.
 
     Sums and counts are added up on the device and reduced once. Dropout is off and no random number is drawn, so
-    training goes on as if the evaluation had not happened.
+    training goes on as if the evaluation had not happened. With `empty_unused_memory`, cached GPU memory is given back
+    after each global batch.
     """
     assert iterations > 0, "evaluate needs at least one iteration"
     chunks = as_chunks(model_chunks)
@@ -44,6 +46,8 @@ def evaluate(
         forward_backward_func(forward_step, chunks, batches, add_loss, forward_only=True)
         if holds_loss(chunks):
             totals[1] += torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in batches]).sum()
+        if empty_unused_memory:
+            torch.cuda.empty_cache()
     for chunk in chunks:
         reshard_parameters(chunk)
     _set_training(chunks, True)

@@ -127,6 +127,7 @@ def train_step(
     mtp_loss_weights: Sequence[float] = (),
     tp_dp_cp_group: dist.ProcessGroup | None = None,
     forward_backward_func: ForwardBackward = forward_backward_no_pipelining,
+    empty_unused_memory_level: int = 0,
 ) -> StepOutput:
     """Train on one global batch without waiting for the device.
 
@@ -143,6 +144,8 @@ def train_step(
         tp_dp_cp_group: ranks between which the tokens of a layer of experts are split; its counts are summed over them.
             Default the global group.
         forward_backward_func: from `get_forward_backward_func`.
+        empty_unused_memory_level: from 1 on cached GPU memory that nothing is in is given back after the backward pass,
+            from 2 on also after the update; both wait for the GPU.
     """
     loss_and_tokens = forward_backward(
         model_chunks,
@@ -155,8 +158,12 @@ def train_step(
         forward_backward_func=forward_backward_func,
     )
     finalize_model_grads(model_chunks, tp_group)
+    if empty_unused_memory_level >= 1:
+        torch.cuda.empty_cache()
     loss_scale = optimizer.get_loss_scale().clone()
     result = optimizer.step()
+    if empty_unused_memory_level >= 2:
+        torch.cuda.empty_cache()
     # As in Megatron-LM also after a step that was skipped: the tokens went where they were counted all the same.
     update_expert_bias(model_chunks, _all_token_ranks() if tp_dp_cp_group is None else tp_dp_cp_group)
     losses, total_tokens = losses_of_all(*loss_and_tokens, dp_cp_group, pp_group)

@@ -125,6 +125,7 @@ def one_iteration(run: Run) -> None:
             forward_backward_func=run.forward_backward_func,
             per_token_loss=config.transformer.calculate_per_token_loss,
             mtp_loss_weights=config.transformer.mtp_loss_weights,
+            empty_unused_memory_level=config.training.empty_unused_memory_level,
         )
         record = IterationRecord(
             iteration=progress.iteration,
@@ -258,6 +259,7 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation", final: boo
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         forward_backward_func=run.forward_backward_func,
+        empty_unused_memory=run.config.training.empty_unused_memory_level >= 1,
     )
     if split == "validation":
         run.progress.consumed_valid_samples += iterations * num_microbatches * samples_of_micro_batch

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_lite.context_parallel import PackedSeqParams, SequenceLayout
 from megatron_lite.context_parallel.attention import ContextParallelism
 from megatron_lite.errors import ConfigError
+from megatron_lite.host_copies import copy_to_device
 from megatron_lite.ops.attention_block import attention, choose_backend
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import local_in_dtype
@@ -272,7 +273,7 @@ class DotProductAttention(MegatronModule):
         scale: float,
     ) -> Tensor:
         """Packed documents by an explicit mask, for what the blocks cannot do: [t, 1, n, d] -> [t, 1, n, d]."""
-        document = layout.document_of_token().to(query.device)
+        document = copy_to_device(layout.document_of_token(), query.device)
         rows = layout.equal_rows()
         query, key, value = (x.view(rows, -1, *x.shape[2:]).transpose(0, 1) for x in (query, key, value))
         document = document.view(rows, 1, -1)

@@ -26,19 +26,25 @@ def activation_function(config: TransformerConfig) -> Callable[[Tensor], Tensor]
     return config.activation_func
 
 
+def is_swiglu(config: TransformerConfig) -> bool:
+    """Whether the MLP is gated by silu, with nothing cut off or added."""
+    changed = config.activation_func_clamp_value is not None or config.glu_linear_offset
+    return config.gated_linear_unit and config.activation_func is F.silu and not changed
+
+
 def gated_activation(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
     """[..., 2f], all gates and then all ups -> activation(gate) * (up + glu_linear_offset), [..., f].
 
     Both are cut off at activation_func_clamp_value, a gate above only, as gpt-oss does (OpenAI 2025, arXiv:2508.10925,
     section 2.2).
     """
+    if is_swiglu(config):
+        return swiglu
     activation, clamp, offset = (
         activation_function(config),
         config.activation_func_clamp_value,
         config.glu_linear_offset,
     )
-    if activation is F.silu and clamp is None and not offset:
-        return swiglu
 
     def activate(gates_and_ups: Tensor) -> Tensor:
         gate, up = gates_and_ups.chunk(2, dim=-1)

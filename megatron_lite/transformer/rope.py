@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron_lite.host_copies import copy_to_device
+
 RotaryTables = tuple[Tensor, Tensor]
 
 
@@ -125,7 +127,7 @@ class RotaryEmbedding(torch.nn.Module):
             position_ids = position_ids[:1]
         device = position_ids.device
         if device not in self._on_device:
-            self._on_device[device] = self.inverse_frequencies.to(device)
+            self._on_device[device] = copy_to_device(self.inverse_frequencies, device)
         angles = (position_ids.t().unsqueeze(-1) * self._on_device[device]).unsqueeze(2)
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 

@@ -1,4 +1,4 @@
-"""A stack of transformer layers, with the recomputation of whole layers."""
+"""A stack of transformer layers, with the recomputation of whole layers, or their activations on the host."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint
+from megatron_lite.transformer.activation_offload import run_offloaded
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.norms import build_norm
 from megatron_lite.transformer.rope import RotaryTables
@@ -21,7 +22,7 @@ class TransformerBlock(MegatronModule):
     """Layers and, behind the last, the final norm; [s, b, h] -> [s, b, h].
 
     Args:
-        config: shape, numerics and recomputation.
+        config: shape, numerics, recomputation and offloading.
         layer_indices: global indices, from 0, of the layers held here; default all config.num_layers. They name the
             parameters (`layers.{index}`), so that a checkpoint does not depend on who holds which layer.
         post_layer_norm: the stack ends with a norm.
@@ -67,8 +68,11 @@ class TransformerBlock(MegatronModule):
             [s, b, h] (under sequence parallelism [s/tp, b, h]), normalized if this is the end of the model.
         """
         context = (attention_mask, rotary_pos_emb, inference_context, packed_seq_params)
+        offloaded = self.config.cpu_offloading_num_layers if self.training and torch.is_grad_enabled() else 0
         for layers, recomputed in self._chunks():
-            if recomputed:
+            if offloaded:
+                hidden_states = run_offloaded(layers, offloaded, hidden_states, *context)
+            elif recomputed:
                 distribute = self.config.distribute_saved_activations
                 hidden_states = checkpoint(_run, distribute, hidden_states, layers, *context)
             else:

@@ -119,6 +119,9 @@ class TransformerConfig(AttentionConfig):
         choices=("core_attn", "mla_up_proj", "mlp", "layernorm", "moe", "moe_act"),
     )
     distribute_saved_activations: bool = knob(False, "full: split the stored layer inputs over the TP ranks.")
+    cpu_offloading_num_layers: int = knob(
+        0, "Move what the first N layers keep for the backward pass to the host's memory, and back when it is needed."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,7 +211,7 @@ class TransformerConfig(AttentionConfig):
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
         found += layer_frequency_violations(self, self.num_layers)
         found += fp8_violations(self)
-        return found + self._recompute_violations()
+        return found + self._recompute_violations() + self._offload_violations()
 
     def _recompute_violations(self) -> list[str]:
         found = []
@@ -245,6 +248,26 @@ class TransformerConfig(AttentionConfig):
             found.append(
                 "recompute_method and recompute_num_layers belong to --recompute-granularity full, which is not set; "
                 "set it, or leave them out."
+            )
+        return found
+
+    def _offload_violations(self) -> list[str]:
+        number, found = self.cpu_offloading_num_layers, []
+        if number < 0 or (number and number >= self.num_layers > 0):
+            found.append(
+                f"cpu_offloading_num_layers is {number}, but it must be less than num_layers ({self.num_layers}), and "
+                "not below 0: the last layer's activations are needed at once."
+            )
+        if number and self.pipeline_model_parallel_size > 1:
+            found.append(
+                f"cpu_offloading_num_layers is {number} with pipeline_model_parallel_size "
+                f"{self.pipeline_model_parallel_size}, but a pipeline keeps the activations of several micro-batches, "
+                "whose backward passes begin in another order: leave out one of them."
+            )
+        if number and self.recompute_granularity is not None:
+            found.append(
+                f"cpu_offloading_num_layers is {number} with recompute_granularity {self.recompute_granularity}, but "
+                "an activation is either moved to the host or recomputed: leave out one of them."
             )
         return found
 

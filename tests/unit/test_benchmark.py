@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import memory
 from benchmarks.contenders import CONTENDERS, peer_model, plain_model
 from benchmarks.measure import Window, configuration, synthetic_batches
 from benchmarks.report import Case
@@ -169,3 +170,20 @@ def test_mistakes_are_told_before_anything_is_measured(words, message, capsys):
     """Exit status 2 and a sentence."""
     assert tool().main([*SMALL, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_memory_against_the_estimate(tmp_path, capsys):
+    """A row for each model, dtype and way; at a size where activations are most of it, the peak is near the estimate.
+
+    Mutation: leave the activations, or the optimizer's state, out of the estimate.
+    """
+    small = (
+        "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --seq-length 256 --vocab-size 256 --micro-batch-size 4"
+    )
+    assert memory.main([*small.split(), "--output", str(tmp_path / "memory")]) == 0
+    rows = json.loads((tmp_path / "memory.json").read_text())
+    assert len(rows) == 2 * 2 * 3
+    plain = rows[0]
+    assert (plain["model"], plain["dtype"], plain["way"]) == ("dense", "float32", "kept")
+    assert 0.9 < plain["peak_bytes"] / sum(plain["estimate"].values()) < 1.6
+    assert (tmp_path / "memory.md").read_text().strip() in capsys.readouterr().out

@@ -13,8 +13,17 @@ import torch.distributed as dist
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.dry_run import describe, dry_run
-from megatron_lite.dry_run_memory import ModelSize, Part, activation_bytes, activations_of_pipeline, memory_of
+from megatron_lite.dry_run_memory import (
+    ModelSize,
+    Part,
+    activation_bytes,
+    activations_of_pipeline,
+    memory_of,
+    offloaded_bytes,
+)
 from megatron_lite.errors import ConfigError
+from megatron_lite.training.setup import build_model
+from megatron_lite.transformer import activation_offload
 from megatron_lite.transformer.multi_latent_attention import MLASelfAttention
 from megatron_lite.transformer.rope import RotaryEmbedding
 
@@ -82,8 +91,8 @@ def test_llama3_8b_at_131072_tokens(world: int, replicas: int) -> None:
     assert number_after(report, "whole model:") == 8_030_261_248
     assert f"x {replicas} data parallel ranks x {32 // replicas} micro-batches = 4,194,304 tokens" in report
     assert "split over 8 context parallel ranks, 16,384 tokens a rank" in report
-    # 32 layers in bf16: 4 h, of attention 80 heads of 128, of the MLP 3 f, all over 4 tensor ranks
-    assert activation_bytes(run) == 131072 // 8 * 32 * 2 * (4 * 4096 + 80 * 128 + 3 * 14336) // 4
+    # 32 layers in bf16: 4 h, of attention 80 heads of 128 and 40 rotated ones, of the MLP 3 f, over 4 tensor ranks
+    assert activation_bytes(run) == 131072 // 8 * 32 * 2 * (4 * 4096 + 120 * 128 + 3 * 14336) // 4
     assert float(report.split("  sum ")[1].split()[0]) < 72
     assert "GiB" in report
 
@@ -149,17 +158,17 @@ def test_experts_without_copies_are_not_gathered() -> None:
 
 
 def test_activations_of_experts() -> None:
-    """3 of 4 layers: for each of 2 choices rows of 256 on both sides and four activations of 512; moe_act keeps two.
+    """3 of 4 layers: for each of 2 choices rows of 256 on both sides and three activations of 512; moe_act keeps two.
 
     That these are kept is tested in transformer/moe/test_experts.py.
     """
-    dense = 4 * 256 + 32 * 32
+    dense = 4 * 256 + 48 * 32
     words = ["--recompute-granularity", "selective", "--recompute-modules"]
-    for modules, kept in ((["core_attn"], 2 * (2 * 256 + 4 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
+    for modules, kept in ((["core_attn"], 2 * (2 * 256 + 3 * 512)), (["moe_act"], 2 * (256 + 2 * 512)), (["moe"], 0)):
         run = run_of("quickstart_moe", 2, *words, *modules)
         assert activation_bytes(run) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * kept)
     shared = run_of("quickstart_moe", 2, *words, "core_attn", "--moe-shared-expert-intermediate-size", "128")
-    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (2 * 256 + 4 * 512) + 3 * 128))
+    assert activation_bytes(shared) == 8 * 256 * 4 * (4 * dense + 3 * 1024 + 3 * (2 * (2 * 256 + 3 * 512) + 3 * 128))
 
 
 @pytest.mark.parametrize(("etp", "rows"), [(1, 1), (2, 2), (4, 4)])
@@ -170,8 +179,8 @@ def test_activations_of_experts_over_tensor_ranks(etp: int, rows: int) -> None:
     """
     words = f"--tensor-model-parallel-size 4 --expert-tensor-parallel-size {etp} --expert-model-parallel-size 1"
     words += " --sequence-parallel --moe-shared-expert-intermediate-size 128 --moe-layer-freq 1"
-    attention = 256 + 32 * 32 // 4
-    experts = 2 * rows * (2 * 256 + 4 * 512 // etp) // 4 + 3 * 128 // 4
+    attention = 256 + 48 * 32 // 4
+    experts = 2 * rows * (2 * 256 + 3 * 512 // etp) // 4 + 3 * 128 // 4
     assert activation_bytes(run_of("quickstart_moe", 4, *words.split())) == 8 * 256 * 4 * 4 * (attention + experts)
 
 
@@ -329,13 +338,67 @@ def test_muons_matrices_are_counted() -> None:
 
 def test_activations_by_the_formula() -> None:
     plain = activation_bytes(run_of("quickstart", 1))
-    # 8 x 256 tokens, 4 layers, float32: 4 h + (8 + 8 + 8 + 8) heads x 32 + 3 f
-    assert plain == 8 * 256 * 4 * 4 * (4 * 256 + 32 * 32 + 3 * 1024)
+    # 8 x 256 tokens, 4 layers, float32: 4 h + (8 + 8 + 8 + 8, 8 + 8 rotated) heads x 32 + 3 f
+    assert plain == 8 * 256 * 4 * 4 * (4 * 256 + 48 * 32 + 3 * 1024)
+    assert activation_bytes(run_of("quickstart", 1, "--compile")) == 8 * 256 * 4 * 4 * (4 * 256 + 48 * 32 + 3 * 1024)
+    mlp = ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]
+    assert activation_bytes(run_of("quickstart", 1, *mlp)) == 8 * 256 * 4 * 4 * (4 * 256 + 48 * 32)
+    learned = ["--position-embedding-type", "learned_absolute", "--no-qk-layernorm"]
+    assert activation_bytes(run_of("quickstart", 1, *learned)) == 8 * 256 * 4 * 4 * (4 * 256 + 32 * 32 + 3 * 1024)
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "2"]
     recomputed = activation_bytes(run_of("quickstart", 1, *full))
-    assert recomputed == 8 * 256 * 4 * (2 * 256 + 2 * (4 * 256 + 32 * 32 + 3 * 1024))
+    assert recomputed == 8 * 256 * 4 * (2 * 256 + 2 * (4 * 256 + 48 * 32 + 3 * 1024))
     split = activation_bytes(run_of("quickstart", 2, "--tensor-model-parallel-size", "2"))
     assert split == plain // 2
+
+
+SAVED = [
+    ("", 4 + 32, 8),
+    ("--no-qk-layernorm", 4, 8 - 24),
+    ("--no-qk-layernorm --position-embedding-type learned_absolute", 4, 0),
+    ("--position-embedding-type learned_absolute", 4 + 32, 8),
+    ("--bf16", 4 + 32, 8),
+]
+
+
+@pytest.mark.parametrize(("words", "statistics", "heads"), SAVED)
+def test_a_layer_keeps_what_is_estimated(
+    words: str, statistics: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured: what travels with --cpu-offloading-num-layers, each storage once and weights not, is the formula's.
+
+    More, and known: mean and deviation of two norms (and of those of 8 heads' queries and keys), and the softmax's
+    denominators, in float32. And a CPU's attention copies the heads it reads, the values' too, so that what was
+    projected is let go, unless norms read it. Mutations: queries and keys once; two or four widths of a gated MLP; any
+    other number.
+    """
+    sent: list[int] = []
+    send = activation_offload.Storage.send
+    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(
+        activation_offload.Storage, "send", lambda one: (sent.append(one.device_copy.numel()), send(one))
+    )
+    layer_norm = ["--normalization", "LayerNorm"]  # RMSNorm is several operations on a CPU
+    run = run_of("quickstart", 1, *layer_norm, *words.split(), "--cpu-offloading-num-layers", "1")
+    parallel_state.initialize_model_parallel()
+    try:
+        (model,) = build_model(
+            run.transformer,
+            run.gpt,
+            run.ddp,
+            vocab_size=64,
+            max_sequence_length=256,
+            device=torch.device("cpu"),
+            seed=1,
+        )
+        model.train()
+        tokens, positions = torch.zeros(8, 256, dtype=torch.long), torch.arange(256).repeat(8, 1)
+        model(tokens, positions, None, labels=tokens).sum().backward()
+    finally:
+        parallel_state.shutdown()
+    itemsize = run.transformer.params_dtype.itemsize
+    more = (statistics + 32 * heads) * itemsize + 8 * 4
+    assert sum(sent) == offloaded_bytes(run) + 8 * 256 * more
 
 
 LATENT = """
@@ -356,7 +419,7 @@ LATENTS = 2 * 48 + 2 * 32 + 8
             8 * (24 + 16) + LATENTS + 8 * 72,
         ),
         (LATENT + "--recompute-granularity selective --recompute-modules core_attn", 8 * (3 * 24 + 24 + 16) + LATENTS),
-        ("--attention-output-gate --num-query-groups 4", (4 * 8 + 2 * 4) * 32),
+        ("--attention-output-gate --num-query-groups 4", (4 * 8 + 2 * 4 + 8 + 4) * 32),
     ],
     ids=["latent", "equal", "wide_values", "mla_up_proj", "core_attn", "gate"],
 )
@@ -417,8 +480,8 @@ def test_multi_token_prediction_takes_memory_in_the_last_stage() -> None:
     """
     words = "--mtp-num-layers 2 --position-embedding-type rope --moe-layer-freq [0,0,0,1] --micro-batch-size 2 "
     words += "--global-batch-size 16 --expert-model-parallel-size 1"
-    unit, attention = 2 * 256 * 4, 4 * 256 + 32 * 32
-    dense, experts = attention + 3 * 1024, attention + 2 * (2 * 256 + 4 * 512)
+    unit, attention = 2 * 256 * 4, 4 * 256 + 48 * 32
+    dense, experts = attention + 3 * 1024, attention + 2 * (2 * 256 + 3 * 512)
     depths = 2 * (5 * 256 + experts)
     assert activation_bytes(run_of("quickstart_moe", 1, *words.split())) == unit * (3 * dense + experts + depths)
     pipeline = [*words.split(), "--pipeline-model-parallel-size", "4"]
@@ -478,3 +541,17 @@ def test_the_command_answers_within_ten_seconds() -> None:
     after = os.times()
     assert "Layout of 1,024 ranks" in done.stdout
     assert after.children_user + after.children_system - before.children_user - before.children_system < 10.0
+
+
+def test_activations_on_the_host() -> None:
+    """Of 4 layers: 3 there; of 2 two are here, one behind the other; of 1 three stay. Mutations: one; all; none."""
+    layer = 8 * 256 * 4 * (4 * 256 + 48 * 32 + 3 * 1024)
+    for number, here in ((1, 3), (2, 2), (3, 2)):
+        run = run_of("quickstart", 1, "--cpu-offloading-num-layers", str(number))
+        assert activation_bytes(run) == here * layer
+        assert offloaded_bytes(run) == number * layer
+        report = describe(run)
+        assert float(report.split("activations on the host")[1].split()[0]) == pytest.approx(
+            number * layer / 2**20, 1e-3
+        )
+    assert "on the host" not in describe(run_of("quickstart", 1))

@@ -9,7 +9,9 @@ import torch
 
 from megatron_lite.arguments import parse_args
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron_lite.optimizer import MegatronOptimizer
 from megatron_lite.training import setup
+from megatron_lite.training import step as training_step
 from megatron_lite.training.hooks import Hook
 from pretrain_gpt import pretrain
 
@@ -129,3 +131,28 @@ def test_evaluation_alone_needs_no_schedule(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("tests.unit.training.test_loop.TINY", [w for w in TINY if w not in ("--lr", "1e-3")])
     run(monkeypatch, *MOCK, "--skip-train", "--eval-iters", "1")
     assert "validation loss at iteration 0 on validation set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("level", "each", "evaluating"), [(0, 0, 0), (1, 1, 3), (2, 2, 3)])
+def test_unused_memory_is_given_back(level, each, evaluating, monkeypatch):
+    """As in Megatron-LM: after the backward pass of each of 2 steps, from level 2 on after the update too, and in each
+    of 3 steps of evaluation (here on validation and on test data).
+
+    Mutations: `>` for `>=`; leave evaluation out.
+    """
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    words = ["--train-iters", "2", "--eval-iters", "3", "--empty-unused-memory-level", str(level)]
+    run(monkeypatch, *MOCK, *words)
+    assert len(calls) == 2 * each + 2 * evaluating
+
+
+def test_unused_memory_is_given_back_before_the_update(monkeypatch):
+    """There the gradients are, and no activations. Mutation: empty the cache before the backward pass, or behind."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty"))
+    step, finalize = MegatronOptimizer.step, training_step.finalize_model_grads
+    monkeypatch.setattr(MegatronOptimizer, "step", lambda self: (order.append("step"), step(self))[1])
+    monkeypatch.setattr(training_step, "finalize_model_grads", lambda *a: (order.append("finalize"), finalize(*a)))
+    run(monkeypatch, *MOCK, "--train-iters", "1", "--eval-iters", "0", "--empty-unused-memory-level", "2")
+    assert order == ["finalize", "empty", "step", "empty"]
