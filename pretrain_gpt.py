@@ -30,12 +30,13 @@ def pretrain(config: RunConfig) -> None:
     from megatron_lite.tokenizers import build_tokenizer
     from megatron_lite.training import setup
     from megatron_lite.training.checkpointing import load
-    from megatron_lite.training.initialize import announce, distributed_environment
+    from megatron_lite.training.initialize import announce, distributed_environment, keep_freed_memory
     from megatron_lite.training.rerun import config_to_rerun, rerun
     from megatron_lite.training.train import evaluate_at_end, finish, train
     from megatron_lite.training.watchdog import watch
 
     with distributed_environment(config) as device:
+        keep_freed_memory(device)
         watchdog = watch(config)
         folder = config.checkpoint.save or "."
         if config.training.rerun_iteration is not None:

@@ -26,6 +26,7 @@ from megatron_lite.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron_lite.pipeline_parallel import ForwardBackward, get_forward_backward_func
 from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.training.batches import MicroBatch
+from megatron_lite.training.initialize import keep_freed_memory
 from megatron_lite.training.setup import build_model
 from megatron_lite.training.step import train_step
 
@@ -33,7 +34,8 @@ Step = Callable[[list[MicroBatch]], Tensor]
 
 
 def build_megatron_lite(config: RunConfig, device: torch.device) -> Step:
-    """This framework on one rank, through the functions that pretrain_gpt.py uses."""
+    """This framework, through the functions that pretrain_gpt.py uses."""
+    keep_freed_memory(device)
     model = model_chunks(config, device, config.training.compile)
     optimizer = get_megatron_optimizer(config.optimizer, model)
     return step_of(config, model, optimizer, get_forward_backward_func(config.transformer))

@@ -102,6 +102,8 @@ def choose_backend(dtype: torch.dtype, device: torch.device, size_in: int, size_
         )
     on_gpu = device.type == "cuda"
     wanted = preference(dtype, _capability(device) if on_gpu else None) if backend == "auto" else (backend,)
+    if device.type == "cpu" and dtype.itemsize == 2:
+        return "loop"  # it knows what makes such products slow there
     if any(size * dtype.itemsize % _ALIGNMENT_BYTES for size in (size_in, size_out)):
         return "loop"
     for name in wanted:
@@ -113,12 +115,9 @@ def choose_backend(dtype: torch.dtype, device: torch.device, size_in: int, size_
 def preference(dtype: torch.dtype, capability: tuple[int, int] | None) -> tuple[str, ...]:
     """Backends, the best first, on a GPU of this compute capability, or on a CPU (None).
 
-    Torch's kernel for GPUs is for bfloat16 from Hopper (9.0) on; elsewhere it multiplies expert by expert. So does the
-    loop, which knows what makes it slow on a CPU in half precision.
+    Torch's kernel for GPUs is for bfloat16 from Hopper (9.0) on; elsewhere it multiplies expert by expert.
     """
     packages = ("transformer_engine", "grouped_gemm")
-    if capability is None and dtype.itemsize == 2:
-        return ("loop",)
     if capability is None or (dtype == torch.bfloat16 and capability >= (9, 0)):
         return ("torch", *packages)
     return (*packages, "torch")

@@ -124,7 +124,8 @@ class _GradientSums:
     def __init__(self, hidden: Tensor, weight: Tensor, real_rows: int) -> None:
         dtype = _accumulation_dtype(hidden)
         self.hidden = torch.zeros_like(hidden) if real_rows == 0 else torch.empty_like(hidden)
-        self.weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self.weight[0 if hidden.size(0) == 0 else real_rows :] = 0.0
         self._real_rows = self.weight[:real_rows]
         self._product = None if dtype == hidden.dtype else hidden.new_empty(self._real_rows.shape)
 
@@ -133,6 +134,9 @@ class _GradientSums:
         by_weight = weight_of_token.unsqueeze(1)
         torch.mm(grad_logits, rows, out=self.hidden[here]).mul_(by_weight)
         weighted = (x * by_weight).to(x.dtype)
+        if self._product is None and here.start == 0:
+            torch.mm(grad_logits.t(), weighted, out=self._real_rows)
+            return
         if self._product is None:
             self._real_rows.addmm_(grad_logits.t(), weighted)
             return

@@ -1,7 +1,9 @@
 """Start-up and shutdown of one rank: device, threads, process groups, random numbers."""
 
+import ctypes
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,9 @@ from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.attention_choices import describe_communication
 from megatron_lite.transformer.fp8 import describe_fp8
 from megatron_lite.transformer.transformer_config import TransformerConfig
+
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def training_device(backend: str | None = None) -> torch.device:
@@ -61,6 +66,22 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
             parallel_state.shutdown()
         raise
     parallel_state.shutdown()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU have the C library keep large blocks of memory that are freed, as the allocator for a GPU does.
+
+    By default glibc returns them to the system and gets them anew, with a page fault for each 4 KiB: 3 to 8% of the
+    processor time of a small step. Does nothing where the C library is another one, or the user tuned it.
+    """
+    tuned = any(name.startswith("MALLOC_") or name == "LD_PRELOAD" for name in os.environ)
+    if device.type != "cpu" or tuned or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        if not mallopt(_M_MMAP_THRESHOLD, 2**30):
+            mallopt(_M_MMAP_THRESHOLD, 2**25)  # as much as older versions allow
 
 
 def initialize_parallel_groups(config: RunConfig) -> None:

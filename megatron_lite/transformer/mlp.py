@@ -1,6 +1,5 @@
 """The feed-forward block: two linear layers with an activation, gated or not, between them."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from megatron_lite.ops.swiglu import swiglu
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.transformer.activations import gelu_tanh
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
@@ -22,7 +22,7 @@ def activation_function(config: TransformerConfig) -> Callable[[Tensor], Tensor]
     bias_gelu_fusion and openai_gelu, for the exact form.
     """
     if config.activation_func is F.gelu and (config.openai_gelu or config.bias_gelu_fusion):
-        return functools.partial(F.gelu, approximate="tanh")
+        return gelu_tanh
     return config.activation_func
 
 

@@ -176,7 +176,6 @@ def test_which_backend_is_preferred() -> None:
     packages = ("transformer_engine", "grouped_gemm")
     for dtype, capability in [(torch.bfloat16, (9, 0)), (torch.bfloat16, (10, 0)), (torch.float32, None)]:
         assert preference(dtype, capability) == ("torch", *packages)
-    assert preference(torch.bfloat16, None) == ("loop",)
     for dtype, capability in [(torch.bfloat16, (8, 0)), (torch.float32, (9, 0)), (torch.float16, (9, 0))]:
         assert preference(dtype, capability) == (*packages, "torch")
 
