@@ -36,7 +36,7 @@ Step = Callable[[list[MicroBatch]], Tensor]
 def build_megatron_lite(config: RunConfig, device: torch.device) -> Step:
     """This framework, through the functions that pretrain_gpt.py uses."""
     keep_freed_memory(device)
-    model = model_chunks(config, device, config.training.compile)
+    model = model_chunks(config, device, bool(config.training.compile))
     optimizer = get_megatron_optimizer(config.optimizer, model)
     return step_of(config, model, optimizer, get_forward_backward_func(config.transformer))
 

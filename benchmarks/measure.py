@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.breakdown import breakdown
 from benchmarks.contenders import CONTENDERS, Step
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig, parse_args
@@ -29,6 +30,7 @@ from megatron_lite.training.initialize import distributed_environment
 # Weaker than what the user writes: no files are read, and the learning rate is constant.
 DEFAULTS = {"mock_data": True, "tokenizer_type": "NullTokenizer", "train_iters": 1, "lr": 3e-4, "weight_decay": 0.1}
 DIFFERENT_BATCHES = 8
+_BREAK_DOWN = -1
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ class Window:
 
 @dataclass
 class Measured:
-    """All windows of one side, and the seconds its construction, warm-up and compilation took."""
+    """All windows of one side, the seconds its construction, warm-up and compilation took, and its breakdown."""
 
     side: Side
     startup_seconds: float
     windows: list[Window] = field(default_factory=list)
+    breakdown: dict[str, float] | None = None
 
 
 def configuration(arguments: Sequence[str], ranks: int = 1) -> RunConfig:
@@ -98,7 +101,9 @@ def configuration(arguments: Sequence[str], ranks: int = 1) -> RunConfig:
     return config
 
 
-def measure(sides: Sequence[Side], *, steps: int, warmup: int, rounds: int, threads: int) -> list[Measured]:
+def measure(
+    sides: Sequence[Side], *, steps: int, warmup: int, rounds: int, threads: int, break_down: bool = False
+) -> list[Measured]:
     """Measure all sides in turns.
 
     Args:
@@ -107,6 +112,7 @@ def measure(sides: Sequence[Side], *, steps: int, warmup: int, rounds: int, thre
         warmup: steps of each side before the first window; compilation happens there.
         rounds: windows of each side. The order of the sides is reversed from round to round.
         threads: CPU threads of each side.
+        break_down: look into one more step of each side (breakdown.py), of its first rank.
     """
     with ExitStack() as stack:
         connections = [stack.enter_context(_processes(side, warmup, threads)) for side in sides]
@@ -119,6 +125,9 @@ def measure(sides: Sequence[Side], *, steps: int, warmup: int, rounds: int, thre
             for result, ranks in turns:
                 result.windows.append(_together(_ask(ranks, steps)))
             turns.reverse()
+        if break_down:
+            for result, ranks in turns:
+                result.breakdown = _ask(ranks, _BREAK_DOWN)[0]
     return measured
 
 
@@ -204,6 +213,9 @@ def _serve(connection: Connection, side: Side, warmup: int, threads: int) -> Non
                 steps = connection.recv()
             except EOFError:
                 return
+            if steps == _BREAK_DOWN:
+                connection.send(breakdown(lambda: step(batches[0]), device))
+                continue
             connection.send(_window(config, device, step, batches, done, steps))
             done += 1 + steps
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.breakdown import KINDS, REST
 from benchmarks.measure import Measured, Window
 from megatron_lite.arguments import RunConfig
 from megatron_lite.models.gpt.flops import num_floating_point_operations
@@ -39,6 +40,7 @@ class Case:
 
     config: RunConfig
     sides: list[Measured]
+    name: str = ""
 
     @property
     def tokens_per_step(self) -> int:
@@ -79,6 +81,7 @@ def summarize(case: Case, device: torch.device) -> dict[str, Any]:
                 "last_loss": windows[-1].loss,
                 "rates": rates,
                 "windows": [dataclasses.asdict(window) for window in windows],
+                "breakdown_ms": measured.breakdown,
             }
         )
     first = sides[0]["rates"]
@@ -87,7 +90,8 @@ def summarize(case: Case, device: torch.device) -> dict[str, Any]:
     }
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "compiled": case.config.training.compile,
+        "model": case.name,
+        "compiled": bool(case.config.training.compile),
         "shape": _shape(case.config),
         "tokens_per_step": case.tokens_per_step,
         "flops_per_step": case.flops_per_step,
@@ -114,6 +118,8 @@ def _shape(config: RunConfig) -> dict[str, Any]:
         "micro_batch_size": config.training.micro_batch_size,
         "global_batch_size": config.global_batch_size,
         "vocab_size": config.gpt.vocab_size,
+        "num_experts": layers.num_moe_experts,
+        "moe_router_topk": None if layers.num_moe_experts is None else layers.moe_router_topk,
     }
 
 
@@ -178,10 +184,39 @@ def markdown(report: dict[str, Any]) -> str:
     for case in report["cases"]:
         if case["shape"] != shape:
             shape = case["shape"]
-            described = ", ".join(f"{key} {value}" for key, value in shape.items())
-            lines += ["", f"{described}; {case['flops_per_step'] / 1e9:.1f} GFLOP a step", "", HEADER]
-        lines += [_row(case, side) for side in case["sides"]]
+            described = ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None)
+            lines += [
+                "",
+                f"**{case['model']}**: {described}; {case['flops_per_step'] / 1e9:.1f} GFLOP a step",
+                "",
+                HEADER,
+            ]
+        lines += rows(case)
+    broken_down = [(case, side) for case in report["cases"] for side in case["sides"] if side["breakdown_ms"]]
+    if broken_down:
+        lines += ["", *_breakdown_table(broken_down)]
     return "\n".join(lines) + "\n"
+
+
+def _breakdown_table(broken_down: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """Milliseconds of one profiled step by kind of operation, largest first."""
+    kinds = [*KINDS, REST]
+    lines = [
+        "Milliseconds of one step under torch's profiler, by kind of operation (which adds to the time of small ones):",
+        "",
+        f"| model | dtype | mode | loop | {' | '.join(kinds)} |",
+        f"|---|---|---|---|{'---:|' * len(kinds)}",
+    ]
+    for case, side in broken_down:
+        cells = " | ".join(f"{side['breakdown_ms'][kind]:,.0f}" for kind in kinds)
+        mode = "compiled" if case["compiled"] else "eager"
+        lines.append(f"| {case['model']} | {case['dtype']} | {mode} | {side['name']} | {cells} |")
+    return lines
+
+
+def rows(case: dict[str, Any]) -> list[str]:
+    """The lines of the table for one comparison."""
+    return [_row(case, side) for side in case["sides"]]
 
 
 def _row(case: dict[str, Any], side: dict[str, Any]) -> str:

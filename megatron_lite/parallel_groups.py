@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_lite.process_groups import device_type_of
 from megatron_lite.rank_generator import ParallelLayout, RankLists, hierarchical_ranks
 
 # A DTensor's mesh is found by its group, so these are told apart even where they hold the same ranks.
@@ -127,6 +128,6 @@ def _add_gloo_groups(made: ParallelGroups, wanted: bool) -> None:
 def _mesh(made: ParallelGroups, ranks: Any, **kind_of_dimension: str) -> DeviceMesh:
     own = (made.groups[kind] for kind in kind_of_dimension.values())
     groups = [group for group in own if group is not None]
-    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device_type = device_type_of()
     names = tuple(kind_of_dimension)
     return DeviceMesh.from_group(groups, device_type, mesh=torch.tensor(ranks), mesh_dim_names=names)

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lite.parallel_groups import EmbeddingRanks, ParallelGroups, make_parallel_groups
+from megatron_lite.process_groups import GLOO_ON_GPU, group_rank, group_size
 from megatron_lite.process_groups import ProcessGroupCollection as ProcessGroupCollection
-from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.rank_generator import ParallelLayout
 from megatron_lite.rank_generator import RankGenerator as RankGenerator
 
@@ -55,7 +55,7 @@ def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | Non
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(local_cuda_device())
-    backend = backend or ("nccl" if use_cuda else "gloo")
+    backend = GLOO_ON_GPU if backend == "cuda:gloo" else backend or ("nccl" if use_cuda else "gloo")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # The agent's store outlives a failed attempt; where its ranks listened must not be taken for this one's.

@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+GLOO_ON_GPU = "cpu:gloo,cuda:gloo"
+"""The backend of processes that compute on a GPU and communicate by gloo, several of them on one GPU if need be."""
 
 
 def group_size(group: ProcessGroup | None) -> int:
@@ -15,6 +19,11 @@ def group_size(group: ProcessGroup | None) -> int:
 def group_rank(group: ProcessGroup | None) -> int:
     """This process's rank in `group`; 0 when there is none (a single process)."""
     return 0 if group is None else group.rank()
+
+
+def device_type_of(group: ProcessGroup | None = None) -> str:
+    """ "cuda" where the tensors that a group (default: of all ranks) exchanges are on GPUs, else "cpu"."""
+    return "cuda" if dist.get_backend(group) in ("nccl", GLOO_ON_GPU) else "cpu"
 
 
 @dataclass

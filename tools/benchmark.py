@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=3, help="Steps before the first window; default %(default)s.")
     parser.add_argument("--rounds", type=int, default=5, help="Windows of each side; default %(default)s.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side; default %(default)s.")
+    parser.add_argument("--breakdown", action="store_true", help="Also say where the time of a step goes.")
     parser.add_argument("--output", metavar="PATH", help="Write PATH.json and PATH.md too.")
     return parser
 
@@ -94,12 +95,12 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """Measure each combination of model, dtype and compilation; the environment is that of the beginning."""
     device = training_device()
     cases = [
-        (["--config", config, *flags, *dtype, *compiled])
+        (Path(config).stem, ["--config", config, *flags, *dtype, *compiled])
         for config in arguments.config
         for dtype in _dtype_flags(arguments.dtype, ["--config", config, *flags], arguments.nproc_per_node)
-        for compiled in ([["--compile"] if mode == "on" else [] for mode in arguments.compile or ["on"]])
+        for compiled in ([["--compile"] if mode == "on" else ["--no-compile"] for mode in arguments.compile or ["on"]])
     ]
-    all_sides = [sides_of(case, arguments.against, arguments.nproc_per_node) for case in cases]
+    all_sides = [(name, sides_of(case, arguments.against, arguments.nproc_per_node)) for name, case in cases]
     result: dict[str, Any] = {
         "environment": report.environment(device, arguments.threads),
         "settings": {name: getattr(arguments, name) for name in ("steps", "warmup", "rounds", "threads")},
@@ -108,17 +109,19 @@ def run(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         "mfu": report.MFU_MEANING[device.type],
         "cases": [],
     }
-    for number, sides in enumerate(all_sides, 1):
-        names = " against ".join(side.name for side in sides)
-        print(f"{number} of {len(all_sides)}: measuring {names} ...", file=sys.stderr, flush=True)
+    for number, (name, sides) in enumerate(all_sides, 1):
+        said = f"{number} of {len(all_sides)}: {name}, {' against '.join(side.name for side in sides)} ..."
+        print(said, file=sys.stderr, flush=True)
         measured: list[Measured] = measure(
             sides,
             steps=arguments.steps,
             warmup=arguments.warmup,
             rounds=arguments.rounds,
             threads=arguments.threads,
+            break_down=arguments.breakdown,
         )
-        result["cases"].append(report.summarize(report.Case(sides[0].config, measured), device))
+        result["cases"].append(report.summarize(report.Case(sides[0].config, measured, name), device))
+        print("\n".join(report.rows(result["cases"][-1])), file=sys.stderr, flush=True)
     return result
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from megatron_lite.arguments.command_line import COMMAND_LINE, Settings, build_parser, read_settings
+from megatron_lite.arguments.compilation import settle_compilation
 from megatron_lite.arguments.notices import fp8_notices, pipeline_notices, recomputation_notices
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
@@ -97,7 +98,7 @@ def _settle(run: RunConfig) -> list[str]:
     if run.transformer.sequence_parallel and run.transformer.tensor_model_parallel_size == 1:
         run.transformer.sequence_parallel = False
         notices.append("--sequence-parallel: switched off, because tensor_model_parallel_size is 1.")
-    notices += [*pipeline_notices(run), *recomputation_notices(run)]
+    notices += [*settle_compilation(run), *pipeline_notices(run), *recomputation_notices(run)]
     if run.transformer.apply_query_key_layer_scaling:
         notices.append("--apply-query-key-layer-scaling: accepted without effect (scores are accumulated in float32).")
     if run.gpt.max_position_embeddings is None:

@@ -8,6 +8,8 @@ from typing import Any, get_type_hints
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
 from megatron_lite.config_field import FLAG, Flag
 
+_SWITCHES = (bool, bool | None)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -33,8 +35,8 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """A flag without a value."""
-        return self.hint is bool
+        """A flag without a value; where None is possible too, nobody says so means that it depends."""
+        return self.hint in _SWITCHES
 
 
 def dashed(name: str) -> str:
@@ -65,7 +67,7 @@ def all_options() -> tuple[Option, ...]:
                 continue
             seen.add(described.name)
             default = field_default(described)
-            flags = _switches(described.name, flag, default) if hints[described.name] is bool else {}
+            flags = _switches(described.name, flag, default) if hints[described.name] in _SWITCHES else {}
             if not flags:
                 flags = dict.fromkeys(flag.names or (dashed(described.name),))
             clash = taken.intersection(flags)
@@ -86,7 +88,7 @@ def all_options() -> tuple[Option, ...]:
     return tuple(found)
 
 
-def _switches(name: str, flag: Flag, default: bool) -> dict[str, bool | None]:
+def _switches(name: str, flag: Flag, default: bool | None) -> dict[str, bool | None]:
     """The spellings of a switch and the value each sets."""
     if not flag.names:
         stem = name.replace("_", "-")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_lite.arguments.compilation import compilation_problems
 from megatron_lite.arguments.moe_rules import experts_between_groups
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.errors import ConfigError
@@ -239,17 +240,8 @@ def _features(run: RunConfig) -> Iterator[str]:
             "no_initialization is set, but no weights are loaded either: write --load, --pretrained-checkpoint or "
             "--load-hf, or leave it out."
         )
-    if run.training.compile and (sizes.attention_dropout or (sizes.hidden_dropout and sizes.sequence_parallel)):
-        yield (
-            f"compile is set with attention_dropout {sizes.attention_dropout} and hidden_dropout "
-            f"{sizes.hidden_dropout}, but a compiled layer cannot draw from the random stream of one tensor parallel "
-            "rank: leave out --compile, or the dropout (hidden dropout alone compiles without --sequence-parallel)."
-        )
-    if run.training.compile and granularity == "selective":
-        yield (
-            "compile is set with recompute_granularity selective, but torch cannot recompute a part of a compiled "
-            "layer whose weights are DTensors: write --recompute-granularity full, or leave out --compile."
-        )
+    if run.training.compile:
+        yield from compilation_problems(run)
     if sizes.transformer_impl == "transformer_engine":
         yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
 

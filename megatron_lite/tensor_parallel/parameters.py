@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
-from megatron_lite.process_groups import group_rank, group_size
+from megatron_lite.process_groups import device_type_of, group_rank, group_size
 from megatron_lite.tensor_parallel.utils import divide
 
 
@@ -176,7 +176,7 @@ def _mesh_of_experts(
         if [mesh and mesh.mesh_dim_names for mesh in slices] == [("ep",), ("etp",)]:
             return parallel_state.get_expert_mesh()["ep", "etp"]
         if tp_ep_group is not None:
-            device_type = "cuda" if dist.get_backend(ep_group) == "nccl" else "cpu"
+            device_type = device_type_of(ep_group)
             ranks = _grid_of_ranks(*(dist.get_process_group_ranks(one) for one in (ep_group, etp_group, tp_ep_group)))
             return DeviceMesh.from_group([ep_group, etp_group], device_type, mesh=ranks, mesh_dim_names=("ep", "etp"))
     if group_size(ep_group) * group_size(etp_group) == 1:
@@ -204,7 +204,7 @@ def _grid_of_ranks(ep_ranks: list[int], etp_ranks: list[int], joint_ranks: list[
 
 
 def _mesh_of_foreign_group(group: ProcessGroup) -> DeviceMesh:
-    device_type = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    device_type = device_type_of(group)
     return DeviceMesh.from_group(group, device_type, mesh_dim_names=("tp",))
 
 

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
-from megatron_lite.process_groups import group_rank, group_size
+from megatron_lite.process_groups import device_type_of, group_rank, group_size
 
 
 def ensure_divisibility(numerator: int, denominator: int) -> None:
@@ -75,7 +75,7 @@ def broadcast_data(
             raise ConfigError(f"{key} is {tensor.dtype}, but is sent as {datatype}; convert it first.")
     if group_size(group) == 1:
         return tensors
-    on_gpu = dist.get_backend(group) == "nccl"
+    on_gpu = device_type_of(group) == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     shapes: list[dict[str, torch.Size]] = [{key: tensor.shape for key, tensor in tensors.items()}]
     dist.broadcast_object_list(shapes, group=group, group_src=0)

@@ -66,7 +66,9 @@ class TrainingConfig(Validated):
         "its update, write down what each module saw, and end.",
         metavar="N",
     )
-    compile: bool = knob(False, "Compile each transformer layer with torch.compile.")
+    compile: bool | None = knob(
+        None, "Compile each transformer layer with torch.compile; default: on a GPU, where the other settings allow it."
+    )
     empty_unused_memory_level: int = knob(
         0,
         "Give cached GPU memory back: 1 after each backward pass and evaluation step, 2 also after each update. The "
@@ -209,8 +211,9 @@ class DistributedInitConfig(Validated):
 
     distributed_backend: str | None = knob(
         None,
-        "Communication library: nccl for GPUs, gloo for the CPU; default: nccl with CUDA.",
-        choices=("nccl", "gloo"),
+        "Communication library: nccl for GPUs, gloo for the CPU; default: nccl with CUDA. cuda:gloo computes on GPUs "
+        "and communicates by gloo, with several ranks on one GPU if need be, to try things out.",
+        choices=("nccl", "gloo", "cuda:gloo"),
     )
     distributed_timeout_minutes: int = knob(10, "Minutes after which a collective that does not finish is an error.")
     use_tp_pp_dp_mapping: bool = knob(

@@ -116,7 +116,7 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         max_sequence_length=config.sequence_length,
         device=device,
         seed=config.rng.seed,
-        compile_layers=config.training.compile,
+        compile_layers=bool(config.training.compile),
     )
     own = count_parameters(model_chunks, config.transformer)
     counts = torch.tensor([own.total, own.experts, own.active], device=device)

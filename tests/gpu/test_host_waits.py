@@ -63,7 +63,7 @@ def test_no_host_wait(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
             max_sequence_length=config.sequence_length,
             device=device,
             seed=1,
-            compile_layers=config.training.compile,
+            compile_layers=bool(config.training.compile),
         )
         optimizer = get_megatron_optimizer(config.optimizer, chunks)
         depths = config.transformer.mtp_num_layers or 0

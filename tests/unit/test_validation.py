@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -311,6 +312,33 @@ def test_a_legal_run_has_no_violations(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor_model_parallel_size="2", sequence_parallel=None, global_batch_size="8", save="x", save_interval="5"
     )
     assert violations(monkeypatch, 4, line) == []
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "changes", "compiled", "said"),
+    [
+        (False, {}, False, ""),
+        (False, {"compile": None}, True, ""),
+        (True, {}, True, ""),
+        (True, {"no_compile": None}, False, ""),
+        (True, {"attention_dropout": "0.1"}, False, "attention_dropout 0.1"),
+        (True, {"recompute_granularity": "selective"}, False, "recompute_granularity selective"),
+        (True, {"pipeline_model_parallel_size": "2", "pipeline_schedule": "zbv"}, False, "this schedule splits them"),
+        (True, {"distributed_backend": "gloo"}, False, ""),
+    ],
+)
+def test_layers_are_compiled_on_a_gpu_unless_something_forbids_it(
+    on_gpu: bool, changes: dict[str, str | None], compiled: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutations: always; never; also where a rule forbids it; silently."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = build_run_config(read_settings(words(num_layers="4", global_batch_size="16", **changes)))
+    assert run.training.compile is compiled
+    assert all_violations(run) == []
+    notices = [notice for notice in run.notices if "not compiled" in notice]
+    assert said in "".join(notices)
+    assert bool(notices) == bool(said)
 
 
 LEGAL_UNDER_CONTEXT_PARALLELISM: list[tuple[int, dict[str, str | None]]] = [
