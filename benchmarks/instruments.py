@@ -54,9 +54,13 @@ def _bytes_sent(name: str, tensor: Tensor, *arguments: Any) -> int | None:
 
 @contextmanager
 def count_sent_bytes() -> Iterator[Counter[str]]:
-    """Bytes that this rank sends to others inside the block, by collective; data parallelism's are not seen."""
+    """Bytes that this rank sends to others inside the block, by collective; data parallelism's are not seen.
+
+    Reductions are counted as what they are on GPUs, not as the exchanges that they are on a CPU.
+    """
     sent: Counter[str] = Counter()
-    with mock.patch.object(collectives, "_ops", _CountingOperators(sent)):
+    counting = mock.patch.object(collectives, "_ops", _CountingOperators(sent))
+    with counting, mock.patch.object(collectives, "exchanges", return_value=False):
         yield sent
 
 

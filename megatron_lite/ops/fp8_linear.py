@@ -18,6 +18,7 @@ largest. So a number is rounded alike at every layout.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,6 +189,7 @@ class _Fp8Product(Function):
         wants_input, wants_weight, _ = ctx.needs_input_grad
         grad = grad_output.reshape(-1, grad_output.size(-1))
         inputs, grad_input, grad_weight = Quantized(saved, input_encode), None, None
+        sum_of_grads: Callable[[], Tensor] | None = None
         if wants_weight:
             if not ctx.tensorwise:
                 inputs = fp8.quantize_input(saved, 0)
@@ -198,17 +200,17 @@ class _Fp8Product(Function):
             weights = quantize(weight, E4M3, weight_encode) if ctx.tensorwise else fp8.quantize_weight(weight, 0)
             grad_input = multiply(gradient, weights.transposed(), grad.dtype, fp8.kernels).view(-1, *ctx.shape[1:])
             if fp8.sequence_group is not None:
-                grad_input = collectives.start_reduce_scatter(grad_input, fp8.sequence_group)
+                sum_of_grads = collectives.start_reduce_scatter(grad_input, fp8.sequence_group)
             elif fp8.column_group is not None:
-                grad_input = collectives.start_all_reduce(grad_input, fp8.column_group)
+                sum_of_grads = collectives.start_all_reduce(grad_input, fp8.column_group)
         if wants_weight:
             if fp8.sequence_group is not None:
                 inputs = inputs._replace(data=_wait(inputs.data, E4M3))
             if not ctx.tensorwise:
                 gradient = fp8.quantize_gradient(grad, 0)
             grad_weight = multiply(gradient.transposed(), inputs.transposed(), weight.dtype, fp8.kernels)
-        if grad_input is not None and fp8.column_group is not None:
-            grad_input = collectives.wait(grad_input)
+        if sum_of_grads is not None:
+            grad_input = sum_of_grads()
         return grad_input, grad_weight, None
 
 

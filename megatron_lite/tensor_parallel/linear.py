@@ -34,21 +34,20 @@ class _LinearWithAsyncCommunication(Function):
         group: ProcessGroup = ctx.group
         wants_input, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         wants_bias = ctx.has_bias and ctx.needs_input_grad[2]
-        total_input, grad_input, grad_weight = input_, None, None
+        total_input, sum_of_grads, grad_weight = input_, None, None
         if ctx.sequence_parallel and wants_weight:
             total_input = collectives.start_all_gather(input_, group)
         if wants_input:
             partial = grad_output.matmul(weight)
             start = collectives.start_reduce_scatter if ctx.sequence_parallel else collectives.start_all_reduce
-            grad_input = start(partial, group)
+            sum_of_grads = start(partial, group)
         tokens_of_grad = grad_output.reshape(-1, grad_output.size(-1))
         if wants_weight:
             if ctx.sequence_parallel:
                 total_input = collectives.wait(total_input)
             grad_weight = tokens_of_grad.t().matmul(total_input.reshape(-1, total_input.size(-1)))
         grad_bias = tokens_of_grad.sum(dim=0) if wants_bias else None
-        if grad_input is not None:
-            grad_input = collectives.wait(grad_input)
+        grad_input = None if sum_of_grads is None else sum_of_grads()
         return grad_input, grad_weight, grad_bias, None, None
 
 

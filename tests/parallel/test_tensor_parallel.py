@@ -6,6 +6,7 @@ docstring of each test names a mutation of the code that makes it fail.
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lite import parallel_state, tensor_parallel
 from megatron_lite.errors import ConfigError
 from megatron_lite.model_parallel_config import ModelParallelConfig
-from megatron_lite.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, local
+from megatron_lite.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    collectives,
+    local,
+)
 from tests.parallel.pool import WorkerPool
 
 SEQUENCE, BATCH, HIDDEN, FFN, VOCAB = 8, 3, 12, 16, 24
@@ -324,23 +331,59 @@ class RecordOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operators_of_backward(rank: int, tp: int, sequence_parallel: bool) -> list[str]:
+def operators_of_backward(rank: int, tp: int, sequence_parallel: bool, exchanges: bool) -> list[str]:
     config = start(tp, sequence_parallel)
     layer = ColumnParallelLinear(HIDDEN, FFN, config=config, bias=False)
     x = draw(1, SEQUENCE, BATCH, HIDDEN).requires_grad_()
     output = layer(x)
-    with RecordOperators() as record:
+    with RecordOperators() as record, mock.patch.object(collectives, "exchanges", return_value=exchanges):
         output.backward(torch.ones_like(output))
-    interesting = ("mm", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor")
+    interesting = (
+        "mm",
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_to_all_single",
+        "wait_tensor",
+    )
     return [name for name in record.names if name in interesting]
 
 
 def test_communication_is_in_flight_during_the_weight_gradient(pool: WorkerPool) -> None:
     """Mutation: wait for the reduction before the product that makes the weight gradient."""
-    plain = pool.run(operators_of_backward, False, world_size=2)[0]
-    assert plain == ["mm", "all_reduce", "mm", "wait_tensor"]
-    split = pool.run(operators_of_backward, True, world_size=2)[0]
-    assert split == ["all_gather_into_tensor", "mm", "reduce_scatter_tensor", "wait_tensor", "mm", "wait_tensor"]
+    for exchanges, reduce, scatter in (
+        (False, "all_reduce", "reduce_scatter_tensor"),
+        (True, "all_to_all_single", "all_to_all_single"),
+    ):
+        plain = pool.run(operators_of_backward, False, exchanges, world_size=2)[0]
+        assert plain == ["mm", reduce, "mm", "wait_tensor"]
+        split = pool.run(operators_of_backward, True, exchanges, world_size=2)[0]
+        assert split == ["all_gather_into_tensor", "mm", scatter, "wait_tensor", "mm", "wait_tensor"]
+
+
+def reductions(rank: int, ranks: int, dtype: torch.dtype) -> None:
+    """Sums and maxima of few and of many numbers, as gloo itself has them."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    for rows in (ranks, 64 * ranks):
+        x = (torch.arange(rows * 96).view(rows, 96) * (rank + 1) % 7 - 3).to(dtype)
+        for op, their_op in (("sum", torch.distributed.ReduceOp.SUM), ("max", torch.distributed.ReduceOp.MAX)):
+            wanted = x.clone()
+            torch.distributed.all_reduce(wanted, their_op)
+            found = collectives.all_reduce(x, group, op)
+            assert found.dtype == dtype
+            assert torch.equal(found, wanted), (rows, op)
+        wanted = x.clone()
+        torch.distributed.all_reduce(wanted)
+        assert torch.equal(collectives.reduce_scatter(x, 0, group), wanted.chunk(ranks)[rank])
+        assert torch.equal(collectives.reduce_scatter(x, -1, group), wanted.chunk(ranks, -1)[rank])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_reductions_on_a_cpu(pool: WorkerPool, ranks: int, dtype: torch.dtype) -> None:
+    """Mutations: two ranks keep their own; int32 becomes int64; max adds; parts of the wrong rank."""
+    pool.run(reductions, ranks, dtype, world_size=ranks)
 
 
 def check_bfloat16(rank: int, tp: int) -> None:

@@ -5,6 +5,8 @@ Nothing here looks at a clock: how fast something is, benchmarks/results/ says.
 
 import importlib.util
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import memory
+from benchmarks.breakdown import REST, kind_of
 from benchmarks.contenders import CONTENDERS, peer_model, plain_model
 from benchmarks.measure import Window, configuration, synthetic_batches
 from benchmarks.report import Case
@@ -112,7 +115,7 @@ def test_report(tmp_path, capsys):
     """One round of one step a side, in processes of their own: every field is there and the sides agree."""
     output = tmp_path / "results" / "small"
     words = ["--config", str(ROOT / "benchmarks/configs/gpt_cpu.yaml"), *SMALL, "--dtype", "bf16"]
-    settings = ["--steps", "1", "--rounds", "1", "--warmup", "0", "--output", str(output)]
+    settings = ["--steps", "1", "--rounds", "1", "--warmup", "0", "--breakdown", "--output", str(output)]
     assert tool().main([*words, *settings]) == 0
     result = json.loads(output.with_name("small.json").read_text())
     assert {"date", "commit", "cpu", "cores", "threads", "torch", "omp_wait_policy"} <= result["environment"].keys()
@@ -130,7 +133,46 @@ def test_report(tmp_path, capsys):
     assert case["ratios"]["plain torch"] == [ours["rates"][0] / plain["rates"][0]]
     page = output.with_name("small.md").read_text()
     assert page == capsys.readouterr().out
-    assert page.count("| bfloat16 | eager |") == 2
+    assert page.count("| bfloat16 | eager |") == 4  # in the table of speed, and in that of the breakdown
+    assert all(side["breakdown_ms"]["matrix products"] > 0 for side in (ours, plain))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_model_can_be_compared(path):
+    """Peers know it; it is small enough for one GPU to hold three sides of it, 16 bytes a parameter each."""
+    config = configuration(["--config", str(path)])
+    with torch.device("meta"):
+        plain = plain_model(peer_model(config))
+    assert 3 * 16 * sum(parameter.numel() for parameter in plain.parameters()) < 70e9
+
+
+def test_the_command_for_a_gpu_names_models_that_are_there():
+    """Its command lines up to where measuring would begin."""
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], check=True)
+    named = re.findall(r"benchmarks/configs/\w+\.yaml", script)
+    assert len(named) == 4
+    for path in named:
+        against = ["--fp8-format hybrid --fp8-recipe tensorwise", "--fp8-format hybrid --fp8-recipe rowwise"]
+        sides = tool().sides_of(["--config", str(ROOT / path), "--compile"], ["plain", *against])
+        assert len(sides) == 4
+
+
+def test_kinds_of_operations():
+    """Names as the profiler gives them, on a CPU and on a GPU."""
+    names = {
+        "aten::mm": "matrix products",
+        "aten::addmm_": "matrix products",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "flash_fwd_kernel": "attention",
+        "aten::_fused_adamw_": "optimizer",
+        "_c10d_functional::wait_tensor": "communication",
+        "aten::copy_": "copies and casts",
+        "aten::_softmax": "softmax of the loss",
+        "aten::silu": REST,
+    }
+    assert {name: kind_of(name) for name in names} == names
 
 
 def test_sides():
