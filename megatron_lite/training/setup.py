@@ -36,7 +36,7 @@ from megatron_lite.training.throughput import Throughput, peak_tflops
 from megatron_lite.training.train import Run
 from megatron_lite.training.writers import Writers
 from megatron_lite.transformer.fp8 import fp8_remarks
-from megatron_lite.transformer.moe.moe_config import is_moe_layer
+from megatron_lite.transformer.moe.moe_layer import MoELayer
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
 
@@ -77,9 +77,7 @@ def build_model(
         model = build_gpt(transformer, gpt, vocab_size, max_sequence_length, layout.stages[number])
         if compile_layers:
             for layer in [module for module in model.modules() if isinstance(module, TransformerLayer)]:
-                # How many rows an expert gets, and the exchange of tokens, are known only as they come.
-                compiled = layer.self_attention if is_moe_layer(transformer, layer.layer_number) else layer
-                compiled.compile(fullgraph=True)
+                compile_layer(layer)
         wrap_data_parallel(
             model, transformer, ddp, parallel_state.get_dense_mesh(), expert_mesh=parallel_state.get_expert_mesh()
         )
@@ -91,6 +89,18 @@ def build_model(
             initialize_parameters(model, seed, on_cpu=transformer.use_cpu_initialization)
         chunks.append(model)
     return chunks
+
+
+def compile_layer(layer: TransformerLayer, backend: str = "inductor") -> None:
+    """Compile a layer as one region; of one with experts the attention, and what their activation is made of.
+
+    How many rows an expert gets, and the exchange of tokens, are known only as they come.
+    """
+    if not isinstance(layer.mlp, MoELayer):
+        layer.compile(fullgraph=True, backend=backend)
+        return
+    layer.self_attention.compile(fullgraph=True, backend=backend)
+    layer.mlp.experts.compile_activation(backend)
 
 
 def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> list[nn.Module]:

@@ -617,7 +617,7 @@ def build(
         torch.compiler.reset()  # what other tests compiled in this process counts towards torch's limit
         for chunk in model:
             for layer in chunk.decoder.layers.values():  # type: ignore[union-attr, operator]
-                layer.compile(fullgraph=True, backend="aot_eager")
+                compile_layer(layer, backend="aot_eager")
     if optimizer_config is None:
         optimizer_config = OptimizerConfig(
             optimizer="sgd", lr=LEARNING_RATE, sgd_momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, clip_grad=CLIP

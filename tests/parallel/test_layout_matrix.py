@@ -367,7 +367,8 @@ def test_every_family_of_layers_meets_every_axis():
     """Mutation: remove the only row of one."""
     rows = [one for one in LAYOUTS if one.variant is not None]
     assert len(rows) >= 40
-    assert {one.variant for one in DEFAULT} == {None, *VARIANTS}
+    rounded = {"fp8", "fp8_rowwise"}  # tests/parallel/test_fp8.py has their layouts
+    assert {one.variant for one in DEFAULT} == {None, *VARIANTS} - rounded
     for axis in ("tp", "sp", "cp", "pp", "dp", "ep", "recompute", "split backward"):
         families = {one.variant for one in rows if AXES[axis](one)}
         assert {"latent", "deepseek"} & families, axis

@@ -383,7 +383,7 @@ def reductions(rank: int, ranks: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_reductions_on_a_cpu(pool: WorkerPool, ranks: int, dtype: torch.dtype) -> None:
     """Mutations: two ranks keep their own; int32 becomes int64; max adds; parts of the wrong rank."""
-    pool.run(reductions, ranks, dtype, world_size=ranks)
+    pool.run(reductions, dtype, world_size=ranks)
 
 
 def check_bfloat16(rank: int, tp: int) -> None:

@@ -77,6 +77,7 @@ class GroupedMLP(MegatronModule):
             config.recompute_granularity == "selective"
         )
         self.weighs_output = weighs_output(config)
+        self.activate = self._activate
         self.adds_bias2 = group_rank(groups.expt_tp) == 0
         self._dispatcher: Any = None
         self._create_parameters()
@@ -148,14 +149,22 @@ class GroupedMLP(MegatronModule):
         """
         return self._compute(rows, row_probs, tokens_per_expert)
 
+    def compile_activation(self, backend: str = "inductor") -> None:
+        """Make one kernel of activation and weighting, forward and backward, for any number of rows.
+
+        Where they are computed again in backward they are left as they are.
+        """
+        if not self.recompute_activation:
+            self.activate = torch.compile(self._activate, fullgraph=True, dynamic=True, backend=backend)
+
     def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         hidden = self._fc1(rows, tokens_per_expert)
         weight = local_in_dtype(self.weight2, rows.dtype)
         if self.recompute_activation:
-            before = Before(self._activate, row_probs)
+            before = Before(self.activate, row_probs)
             output = grouped_linear(hidden, weight, tokens_per_expert, self.backend, before=before)
         else:
-            activated = self._activate(hidden, None if self.weighs_output else row_probs)
+            activated = self.activate(hidden, None if self.weighs_output else row_probs)
             output = grouped_linear(activated, weight, tokens_per_expert, self.backend)
             output = _weighted(output, row_probs) if self.weighs_output else output
         if self.bias2 is None:

@@ -253,3 +253,25 @@ def test_with_groups_of_one_rank_the_experts_are_dtensors_with_the_same_values()
 def test_a_number_of_experts_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_local_experts is 2 on each of 1 .* num_moe_experts is 3"):
         GroupedMLP(2, config_of())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("width", [64, 4])
+def test_a_compiled_activation(activation: str, width: int) -> None:
+    """Other numbers of rows neither change the results nor compile again. Mutations: without the weighting; static."""
+    config = config_of(moe_ffn_hidden_size=width, **ACTIVATIONS[activation])
+    plain, compiled = GroupedMLP(EXPERTS, config), GroupedMLP(EXPERTS, config)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_activation(backend="aot_eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for counts in ([20, 0, 31], [7, 9, 4], [0, 2, 30]):
+            rows, probs = rows_of(counts)
+            outputs = [experts.forward_dispatched(rows, probs, torch.tensor(counts)) for experts in (plain, compiled)]
+            torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+            wanted, found = (
+                gradients(output, experts, rows, probs)
+                for output, experts in zip(outputs, (plain, compiled), strict=True)
+            )
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
