@@ -28,7 +28,7 @@ from megatron_lite.tensor_parallel.parameters import initialize_parameters
 from megatron_lite.training.batches import TEXT, MicroBatch, MicroBatchStream, names_read
 from megatron_lite.training.evaluate import evaluate
 from megatron_lite.training.initialize import set_random_seed
-from megatron_lite.training.setup import build_gpt, build_model
+from megatron_lite.training.setup import build_gpt, build_model, compile_layer
 from megatron_lite.training.step import forward_backward, train_step
 from megatron_lite.transformer.moe import auxiliary_losses
 from megatron_lite.transformer.moe.statistics import is_recomputation, routers_of, update_expert_bias
