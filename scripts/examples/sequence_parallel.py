@@ -6,13 +6,14 @@ torchrun --nproc-per-node 2 scripts/examples/sequence_parallel.py
 
 import argparse
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite import parallel_state
-from megatron_lite.tensor_parallel import mappings
+from megatron_lite.tensor_parallel import collectives, mappings
 
 COLLECTIVES = {
     "all_reduce": "all-reduce",
@@ -22,11 +23,21 @@ COLLECTIVES = {
 
 
 class Listener(TorchDispatchMode):
-    """Notes the collectives that run inside a `with` block."""
+    """Notes the collectives that run inside a `with` block: those of GPUs, where a CPU would exchange and add."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heard: list[str] = []
+        self.as_on_gpus = mock.patch.object(collectives, "exchanges", return_value=False)
+
+    def __enter__(self) -> "Listener":
+        self.as_on_gpus.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+        self.as_on_gpus.stop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Called by torch for each operation."""
