@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.ops.rms_norm import rms_norm
 from megatron_lite.tensor_parallel.parameters import create_parameter, local
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -87,7 +88,7 @@ class RMSNorm(_Norm):
         """[..., h] -> [..., h] in the dtype of x."""
         weight = local(self.weight).to(x.dtype)
         if not self.zero_centered:
-            return F.rms_norm(x, (self.hidden_size,), weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         normalized = F.rms_norm(x, (self.hidden_size,), None, self.eps)
         return torch.addcmul(normalized, normalized, weight)
 
