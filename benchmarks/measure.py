@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -119,23 +119,35 @@ def measure(
         # One starts after the other has started: compiling at the same time would tell nothing about start-up.
         measured = []
         for side, ranks in zip(sides, connections, strict=True):
-            measured.append(Measured(side, max(_ask(ranks, 0))))
+            measured.append(Measured(side, max(_ask(side, ranks, 0))))
         turns = list(zip(measured, connections, strict=True))
         for _ in range(rounds):
             for result, ranks in turns:
-                result.windows.append(_together(_ask(ranks, steps)))
+                result.windows.append(_together(_ask(result.side, ranks, steps)))
             turns.reverse()
         if break_down:
             for result, ranks in turns:
-                result.breakdown = _ask(ranks, _BREAK_DOWN)[0]
+                result.breakdown = _ask(result.side, ranks, _BREAK_DOWN)[0]
     return measured
 
 
-def _ask(ranks: list[Connection], what: int) -> list[Any]:
-    """The answer of every rank of a side."""
-    for rank in ranks:
-        rank.send(what)
-    return [rank.recv() for rank in ranks]
+def _ask(side: Side, ranks: list[Connection], what: int) -> list[Any]:
+    """The answer of every rank of a side.
+
+    Raises:
+        ConfigError: one of them ended; what it printed says why.
+    """
+    try:
+        for rank in ranks:
+            rank.send(what)
+        answers: dict[int, Any] = {}
+        while len(answers) < len(ranks):
+            for ready in wait([rank for number, rank in enumerate(ranks) if number not in answers]):
+                assert isinstance(ready, Connection)
+                answers[ranks.index(ready)] = ready.recv()
+    except (EOFError, OSError) as error:
+        raise ConfigError(f"{side.name} ended before it was measured; what it printed above says why.") from error
+    return [answers[number] for number in range(len(ranks))]
 
 
 def _together(windows: list[Window]) -> Window:

@@ -145,6 +145,11 @@ def sides_of(flags: list[str], against: Sequence[str], ranks: int = 1) -> list[S
         if other == "nothing":
             continue
         if other in contenders.PEERS:
+            if ranks > 1:
+                raise ConfigError(
+                    f"nproc_per_node is {ranks}, but {other} runs on one rank: write --nproc-per-node among the FLAGS "
+                    "of a further --against instead."
+                )
             contenders.check_peer(other, config)
             sides.append(Side(contenders.PEERS[other], other, tuple(flags)))
             continue

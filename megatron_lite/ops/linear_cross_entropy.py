@@ -106,7 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, weights, grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_loss.numel() == 1 or grad_loss.stride(0) == 0:
+        if grad_loss.numel() == 0:
+            scale = grad_loss.new_ones(1)
+        elif grad_loss.numel() == 1 or grad_loss.stride(0) == 0:
             scale = grad_loss.flatten()[:1]
         else:
             scale = grad_loss.new_ones(1)

@@ -32,12 +32,13 @@ def exchanges(tensor: Tensor) -> bool:
 
 def start_all_reduce(tensor: Tensor, group: ProcessGroup, op: str = "sum") -> Callable[[], Tensor]:
     """Launch the elementwise reduction over the group; the input is left alone. Returns what waits for the result."""
+    assert op in ("sum", "max"), f"{op} is not implemented"
     tensor, ranks = tensor.contiguous(), group.size()
     whole = ranks == 2 or tensor.numel() * tensor.element_size() <= _EXCHANGED_WHOLE
     if not exchanges(tensor) or not whole:
         return functools.partial(wait, _ops.all_reduce(tensor, op, group.group_name))
     flat = tensor.view(1, -1)
-    if ranks > 2:
+    if ranks != 2:
         splits = [1] * ranks
         received = _ops.all_to_all_single(flat.repeat(ranks, 1), splits, splits, group.group_name)
         return lambda: _reduced(wait(received), op).view_as(tensor)

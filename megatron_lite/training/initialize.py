@@ -74,7 +74,7 @@ def keep_freed_memory(device: torch.device) -> None:
     By default glibc returns them to the system and gets them anew, with a page fault for each 4 KiB: 3 to 8% of the
     processor time of a small step. Does nothing where the C library is another one, or the user tuned it.
     """
-    tuned = any(name.startswith("MALLOC_") or name == "LD_PRELOAD" for name in os.environ)
+    tuned = any(name.startswith("MALLOC_") or name in ("LD_PRELOAD", "GLIBC_TUNABLES") for name in os.environ)
     if device.type != "cpu" or tuned or not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

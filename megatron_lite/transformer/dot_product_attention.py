@@ -237,7 +237,7 @@ class DotProductAttention(MegatronModule):
         dropout = self.attention_dropout if self.training else 0.0
         triangle = causal and lengths[0] > 1
         backend = choose_backend(query, self.config.attention_backend)
-        if backend == "flash_cpu" and plain and dropout == 0.0 and _heads_fit(query, key, value):
+        if backend == "flash_cpu" and plain and dropout == 0.0 and min(lengths) > 0 and _heads_fit(query, key, value):
             return attention(query, key, value, triangle, scale, backend)
         visible = None if plain else visible_positions(*lengths, causal, self.window_size, query.device)
         if visible is not None and mask is not None:

@@ -380,7 +380,7 @@ def reductions(rank: int, ranks: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_reductions_on_a_cpu(pool: WorkerPool, ranks: int, dtype: torch.dtype) -> None:
     """Mutations: two ranks keep their own; int32 becomes int64; max adds; parts of the wrong rank."""
     pool.run(reductions, dtype, world_size=ranks)

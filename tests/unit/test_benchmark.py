@@ -169,6 +169,8 @@ def test_kinds_of_operations():
         "aten::_fused_adamw_": "optimizer",
         "_c10d_functional::wait_tensor": "communication",
         "aten::copy_": "copies and casts",
+        "triton_poi_fused__to_copy_mul_silu_1": "compiled kernels",
+        "aten::linalg_vector_norm": REST,
         "aten::_softmax": "softmax of the loss",
         "aten::silu": REST,
     }
@@ -203,7 +205,11 @@ def test_a_side_on_two_ranks(tmp_path, capsys):
         (["--bf16", "--dtype", "fp32"], "keep one of them"),
         (["--qk-layernorm", "--swiglu", "--normalization", "RMSNorm"], "no model type of transformers"),
         (["--attention-dropout", "0.1"], "no dropout"),
-        (["--nproc-per-node", "2", "--context-parallel-size", "2"], "benchmarks.context_parallel"),
+        (["--nproc-per-node", "2"], "runs on one rank"),
+        (
+            ["--against", "nothing", "--nproc-per-node", "2", "--context-parallel-size", "2"],
+            "benchmarks.context_parallel",
+        ),
         (["--against", "--seq-length 8"], "keep the batch"),
         (["--hiden-size", "8"], "--hidden-size"),
     ],

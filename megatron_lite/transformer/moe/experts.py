@@ -155,7 +155,8 @@ class GroupedMLP(MegatronModule):
         Where they are computed again in backward they are left as they are.
         """
         if not self.recompute_activation:
-            self.activate = torch.compile(self._activate, fullgraph=True, dynamic=True, backend=backend)
+            # It falls back by itself where it would have to be compiled too often.
+            self.activate = torch.compile(self._activate, dynamic=True, backend=backend)
 
     def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         hidden = self._fc1(rows, tokens_per_expert)

@@ -85,6 +85,17 @@ def test_gradient_of_a_float32_weight_is_not_rounded_to_bfloat16() -> None:
     assert not torch.equal(grad_weight, grad_weight.bfloat16().float())
 
 
+def test_no_tokens() -> None:
+    """Losses of none, and gradients of zeros. Mutation: the weight's gradient is whatever the memory held."""
+    hidden = torch.empty(0, 16, requires_grad=True)
+    weight = torch.randn(24, 16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long)).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.shape == hidden.shape
+    assert not weight.grad.any()
+
+
 def test_gradcheck() -> None:
     hidden, weight, labels, mask = problem(1)
     hidden, weight = hidden[:5].requires_grad_(), weight[:, :].requires_grad_()

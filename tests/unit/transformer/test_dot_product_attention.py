@@ -129,6 +129,14 @@ def test_a_query_that_may_look_nowhere_gives_zero_and_finite_gradients() -> None
         assert tensor.grad.isfinite().all()
 
 
+def test_no_queries() -> None:
+    """Nothing in, nothing out. Mutation: the kernel of a CPU, which divides by the length."""
+    query, key, value = (tensor[:0].requires_grad_() for tensor in draw())
+    output = DotProductAttention(config(), 1)(query, key, value)
+    assert output.shape == (0, query.size(1), query.size(2) * query.size(3))
+    output.sum().backward()
+
+
 def test_scale_and_backends() -> None:
     query, key, value = draw()
     wanted = written_out(query, key, value, later(), scale=0.7)
