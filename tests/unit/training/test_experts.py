@@ -16,6 +16,7 @@ from megatron_lite.training import setup, step, train
 from megatron_lite.training.metrics import IterationRecord
 from megatron_lite.training.writers import Writers, console_line
 from megatron_lite.transformer.moe import auxiliary_losses
+from megatron_lite.transformer.moe.experts import GroupedMLP
 from megatron_lite.transformer.moe.statistics import routers_of
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.unit.training.test_loop import MOCK, lines, run
@@ -95,14 +96,16 @@ def test_buffers_survive_being_built_without_storage(monkeypatch):
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_of_a_layer_with_experts_only_the_attention_is_compiled(monkeypatch):
-    """Mutation: compile every layer whole; the second call is TransformerLayer."""
+def test_what_is_compiled_of_a_layer_with_experts(monkeypatch):
+    """The attention and the experts' activation. Mutation: compile every layer whole."""
     compiled = []
     monkeypatch.setattr(
         nn.Module, "compile", lambda module, **options: compiled.append((type(module).__name__, options))
     )
+    monkeypatch.setattr(GroupedMLP, "compile_activation", lambda *given: compiled.append("activation"))
     small_model(compile_layers=True)
-    assert compiled == [("TransformerLayer", {"fullgraph": True}), ("SelfAttention", {"fullgraph": True})]
+    whole = {"fullgraph": True, "backend": "inductor"}
+    assert compiled == [("TransformerLayer", whole), ("SelfAttention", whole), "activation"]
 
 
 @pytest.mark.parametrize(

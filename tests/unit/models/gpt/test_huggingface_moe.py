@@ -191,7 +191,7 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-9)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, dtype: torch.dtype, tolerance: float) -> None:
     """Logits of five sequences, and the gradient of every weight.
