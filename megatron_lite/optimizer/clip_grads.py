@@ -53,13 +53,14 @@ def local_sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> T
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """Of one tensor, in float64, but for short stretches of float32: a CPU's kernel converts all of it first."""
+    """Of one tensor, in float64, but for short stretches of float32: a CPU's kernel converts all of it first.
+
+    So float32 gradients above 5e17 count as infinite here.
+    """
     wide = torch.promote_types(gradient.dtype, torch.float32)
     whole = gradient.numel() // _STRETCH * _STRETCH
     many, rest = gradient.flatten().split([whole, gradient.numel() - whole])
     norms = torch.linalg.vector_norm(many.view(-1, _STRETCH), dim=1, dtype=wide)
-    if torch.isinf(norms).any():  # numbers above 1e17, whose squares float32 does not have; a CPU is not kept waiting
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
     return norms.double().square().sum() + torch.linalg.vector_norm(rest, dtype=wide).double().square()
 
 
