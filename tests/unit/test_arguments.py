@@ -304,7 +304,7 @@ def test_help_is_quick() -> None:
     """Little more than the import of torch, in processor time of the better of two: other work on the machine and its
     speed do not decide."""
     helped = "import megatron_lite; from megatron_lite.arguments import parse_args; parse_args(['--help'])"
-    assert min(_seconds(helped) for _ in range(2)) < 2.0 * min(_seconds("import torch") for _ in range(2))
+    assert min(_seconds(helped) for _ in range(2)) < 2.5 * min(_seconds("import torch") for _ in range(2))
 
 
 def _seconds(code: str) -> float:
