@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.ops.swiglu import gates_then_ups
 
 # The grouped kernels want every row of a matrix to begin at a multiple of this.
 _ALIGNMENT_BYTES = 16
@@ -70,7 +71,7 @@ def grouped_linear(
     chosen = choose_backend(x.dtype, x.device, size_in, size_out, backend) if x.size(0) else "loop"
     if chosen == "transformer_engine":
         rows = x if before is None else before.function(x, before.factor)
-        return _transformer_engine(rows, _gates_first(weight) if gates_first else weight, tokens_per_expert)
+        return _transformer_engine(rows, gates_then_ups(weight, 1) if gates_first else weight, tokens_per_expert)
     function, factor = (None, None) if before is None else before
     return _GroupedLinear.apply(  # type: ignore[no-any-return]
         x, factor, weight, tokens_per_expert, function, gates_first, _PRODUCTS[chosen]
@@ -136,13 +137,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _gates_first(weight: Tensor) -> Tensor:
-    """Reorder [E, out, in] along `out` from gate 0, up 0, gate 1, up 1, ... to all gates, then all ups."""
-    return weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-
-
 def _interleaved(weight: Tensor) -> Tensor:
-    """Undo `_gates_first`."""
+    """Undo `gates_then_ups` of [E, out, in] along `out`."""
     return weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -169,7 +165,7 @@ class _GroupedLinear(Function):
         ctx.save_for_backward(x, factor, weight, counts)
         ctx.before, ctx.gates_first, ctx.products = before, gates_first, products
         rows = x if before is None else before(x, factor)  # type: ignore[arg-type]
-        weight = _gates_first(weight) if gates_first else weight
+        weight = gates_then_ups(weight, 1) if gates_first else weight
         return products.forward(rows.contiguous(), weight.contiguous(), counts)
 
     @staticmethod
@@ -186,7 +182,7 @@ class _GroupedLinear(Function):
             grad_weight = ctx.products.grad_weight(grad, rows.detach().contiguous(), counts)
             grad_weight = _interleaved(grad_weight) if ctx.gates_first else grad_weight
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            weight = _gates_first(weight) if ctx.gates_first else weight
+            weight = gates_then_ups(weight, 1) if ctx.gates_first else weight
             grad_x = ctx.products.grad_x(grad, weight.contiguous(), counts)
             if ctx.before is not None:
                 grad_x, grad_factor = torch.autograd.grad(rows, (x, factor), grad_x)

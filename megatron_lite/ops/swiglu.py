@@ -1,4 +1,4 @@
-"""The gated activation of Llama and most models since, of gates and ups in one tensor."""
+"""The gated activation of Llama and most models since, of gates and ups in one tensor, and their order in it."""
 
 from typing import Any
 
@@ -19,6 +19,12 @@ def swiglu(gates_and_ups: Tensor) -> Tensor:
         gate, up = gates_and_ups.chunk(2, dim=-1)
         return F.silu(gate) * up
     return _SwiGLU.apply(gates_and_ups)  # type: ignore[no-any-return]
+
+
+def gates_then_ups(interleaved: Tensor, dim: int) -> Tensor:
+    """Reorder a dimension from gate 0, up 0, gate 1, up 1, ... to all gates, then all ups."""
+    dim = dim % interleaved.dim()
+    return interleaved.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 class _SwiGLU(Function):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.ops.swiglu import swiglu
+from megatron_lite.ops.swiglu import gates_then_ups, swiglu
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.tensor_parallel.parameters import local
@@ -67,12 +67,6 @@ def reorders_weight(x: Tensor, weight: Tensor) -> bool:
     """
     elements_of_output = x.numel() // max(x.size(-1), 1) * weight.size(-2)
     return elements_of_output * (5 if x.device.type == "cpu" else 1) >= weight.numel()
-
-
-def gates_then_ups(interleaved: Tensor, dim: int) -> Tensor:
-    """Reorder a dimension from gate 0, up 0, gate 1, up 1, ... to all gates, then all ups."""
-    dim = dim % interleaved.dim()
-    return interleaved.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 class MLP(MegatronModule):

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from megatron_lite.errors import ConfigError
 from megatron_lite.ops.grouped_bias import add_grouped_bias
 from megatron_lite.ops.grouped_linear import Before, grouped_linear
+from megatron_lite.ops.swiglu import gates_then_ups
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_expert_parameter
 from megatron_lite.transformer.mlp import (
     activation_function,
     gated_activation,
-    gates_then_ups,
     reorders_weight,
 )
 from megatron_lite.transformer.module import MegatronModule
