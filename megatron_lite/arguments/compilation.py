@@ -17,6 +17,11 @@ def compilation_problems(run: RunConfig) -> Iterator[str]:
             f"{sizes.hidden_dropout}, but a compiled layer cannot draw from the random stream of one tensor parallel "
             "rank: leave out --compile, or the dropout (hidden dropout alone compiles without --sequence-parallel)."
         )
+    if sizes.transformer_impl == "transformer_engine":
+        yield (
+            "compile is set with transformer_impl transformer_engine, whose layers torch cannot compile: leave out "
+            "--compile, or write --transformer-impl local."
+        )
     if sizes.recompute_granularity == "selective":
         yield (
             "compile is set with recompute_granularity selective, but torch cannot recompute a part of a compiled "

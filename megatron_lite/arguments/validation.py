@@ -1,6 +1,9 @@
 """The rules between groups of settings. Rules inside one group are that group's `violations()`."""
 
+import importlib.util
 from collections.abc import Iterator
+
+import torch
 
 from megatron_lite.arguments.compilation import compilation_problems
 from megatron_lite.arguments.moe_rules import experts_between_groups
@@ -243,7 +246,23 @@ def _features(run: RunConfig) -> Iterator[str]:
     if run.training.compile:
         yield from compilation_problems(run)
     if sizes.transformer_impl == "transformer_engine":
-        yield "transformer_impl is transformer_engine, but its layers come in a later version: write auto or local."
+        yield from _transformer_engine(run)
+
+
+def _transformer_engine(run: RunConfig) -> Iterator[str]:
+    """What that package asks for."""
+    remedy = "write --transformer-impl auto or local"
+    if run.transformer.fp64:
+        yield f"transformer_impl is transformer_engine with fp64, which that package does not compute in: {remedy}."
+    elif run.dry_run:
+        return
+    elif importlib.util.find_spec("transformer_engine") is None:
+        yield (
+            "transformer_impl is transformer_engine, but that package is not installed here: install it (see "
+            f"docs/installation.md), or {remedy}."
+        )
+    elif not torch.cuda.is_available() or run.distributed.distributed_backend == "gloo":
+        yield f"transformer_impl is transformer_engine, but that package needs a GPU: {remedy}."
 
 
 def _huggingface(run: RunConfig) -> Iterator[str]:

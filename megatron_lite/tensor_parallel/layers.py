@@ -59,8 +59,8 @@ class _ParallelLinear(nn.Module):
     """What the column and the row layer share: the group, the checks and the form of the output."""
 
     bias: nn.Parameter | None
-    fp8_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-    """Computes the product, in a column layer with its communication, where a model is trained in fp8."""
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """Computes x weight^T + bias, in a column layer with its communication, where torch's product does not."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class ColumnParallelLinear(_ParallelLinear):
             raise ConfigError(f"The weight's shape is {tuple(weight.shape)}, but this rank's shard is {expected}.")
         bias = self._bias_for(input_)
         added_here = None if self.skip_bias_add else bias
-        if self.fp8_linear is None:
+        if self.product is None:
             output = linear_with_grad_accumulation_and_async_allreduce(
                 input_,
                 weight,
@@ -208,7 +208,7 @@ class ColumnParallelLinear(_ParallelLinear):
                 tp_group=self.tp_group if self.communicates else None,
             )
         else:
-            output = self.fp8_linear(input_, weight, added_here)
+            output = self.product(input_, weight, added_here)
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gather and self.tp_size > 1:
             output = gather_from_tensor_model_parallel_region(output, self.tp_group)
@@ -277,7 +277,7 @@ class RowParallelLinear(_ParallelLinear):
         weight = local_in_dtype(self.weight, input_.dtype)
         bias = self._bias_for(input_)
         added_here = None if self.skip_bias_add else bias
-        multiply = self.fp8_linear or F.linear
+        multiply = self.product or F.linear
         if not self.communicates:
             output = multiply(input_, weight, added_here)
         else:

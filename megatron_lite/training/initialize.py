@@ -121,6 +121,7 @@ def _share_cores() -> None:
 
 def _choose_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
@@ -177,8 +178,12 @@ def announce(config: RunConfig, device: torch.device) -> None:
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
     grouped = "" if sizes.num_moe_experts is None else f" · grouped products: {_grouped_products(sizes, device)}"
     linear = "" if sizes.fp8 is None else f" · linear layers: {describe_fp8(sizes, device)}"
+    engine = sizes.transformer_impl == "transformer_engine"
+    if engine and sizes.fp8 is None:
+        linear = " · linear layers: transformer engine"
+    attention = "transformer engine" if engine and sizes.attention_backend == "auto" else "torch sdpa"
     print_rank_0(
-        f"attention: torch sdpa ({sizes.attention_backend}) · optimizer: {_optimizer(config.optimizer)} · "
+        f"attention: {attention} ({sizes.attention_backend}) · optimizer: {_optimizer(config.optimizer)} · "
         f"layers: {compiled}{grouped}{linear}"
     )
     for notice in config.notices:

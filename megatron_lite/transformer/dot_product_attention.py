@@ -84,6 +84,8 @@ class DotProductAttention(MegatronModule):
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.window_size = config.window_size if uses_window(config, layer_number) else None
+        self.whole_attention: Callable[..., Tensor] | None = None
+        """Attends to whole sequences where torch's SDPA does not: (query, key, value, causal, scale, window_size)."""
         self._create_sinks(tensor_parallel_group(pg_collection))
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp", "hcp"])
         self.context = ContextParallelism.of(cp_comm_type or cp_comm_type_of(config, layer_number), groups)
@@ -183,7 +185,13 @@ class DotProductAttention(MegatronModule):
             return False
         hides = self.window_size is not None and 0 <= self.window_size[0] < key.size(0) * self.context.size - 1
         kernel = choose_backend(query, self.config.attention_backend)
-        return sinks is not None or (hides and kernel in ("flash", "cudnn"))
+        return sinks is not None or (hides and kernel in ("flash", "cudnn") and self.whole_attention is None)
+
+    def _takes_whole_attention(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+        """Whether `whole_attention` is there and can do it: no dropout, and no fewer queries than keys if causal."""
+        if self.whole_attention is None or (self.attention_dropout > 0.0 and self.training):
+            return False
+        return _heads_fit(query, key, value) and (not causal or query.size(0) == key.size(0))
 
     def _fits_blocks(self, causal: bool) -> bool:
         """Whether attention in blocks can do it: no dropout, and windows under a causal mask only."""
@@ -237,6 +245,9 @@ class DotProductAttention(MegatronModule):
         dropout = self.attention_dropout if self.training else 0.0
         triangle = causal and lengths[0] > 1
         backend = choose_backend(query, self.config.attention_backend)
+        if sinks is None and mask is None and self._takes_whole_attention(query, key, value, causal):
+            assert self.whole_attention is not None, "it takes them"
+            return self.whole_attention(query, key, value, causal, scale, self.window_size)
         if backend == "flash_cpu" and plain and dropout == 0.0 and min(lengths) > 0 and _heads_fit(query, key, value):
             return attention(query, key, value, triangle, scale, backend)
         visible = None if plain else visible_positions(*lengths, causal, self.window_size, query.device)

@@ -44,7 +44,7 @@ def use_fp8(
         if not _fits(module.input_size, module.output_size):
             continue
         is_column = isinstance(module, ColumnParallelLinear)
-        module.fp8_linear = Fp8Linear(
+        module.product = Fp8Linear(
             gradient_dtype=FORMATS[config.fp8],
             recipe=config.fp8_recipe,
             kernels=kernels,
@@ -79,7 +79,7 @@ def fp8_remarks(layer: nn.Module, device: torch.device) -> Iterator[str]:
         columns, rows = getattr(module, "output_size_per_partition", 0), getattr(module, "input_size_per_partition", 0)
         if not _fits(module.input_size, module.output_size):
             yield f"{name} ({shape}) is not in fp8: its sizes are no multiples of {MULTIPLE}."
-        elif module.fp8_linear is not None and device.type == "cuda" and not _fits(columns, rows):
+        elif module.product is not None and device.type == "cuda" and not _fits(columns, rows):
             yield f"{name} ({shape}) is emulated: its parts on {module.tp_size} ranks are no multiples of {MULTIPLE}."
 
 

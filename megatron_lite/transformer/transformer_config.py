@@ -77,7 +77,8 @@ class TransformerConfig(AttentionConfig):
     num_layers_at_end_in_bf16: int = knob(1, "--first-last-layers-bf16: layers at the end.")
     transformer_impl: str = knob(
         "auto",
-        "auto uses the fastest present; local uses torch only; transformer_engine insists on that package.",
+        "auto and local use torch, auto for grouped products also a package; transformer_engine uses that package's "
+        "linear layers and attention.",
         choices=("auto", "local", "transformer_engine"),
     )
 

@@ -17,6 +17,7 @@ from megatron_lite.transformer.multi_latent_attention import MLASelfAttention
 from megatron_lite.transformer.norms import build_norm
 from megatron_lite.transformer.rope import RotaryTables
 from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.transformer.transformer_engine import use_transformer_engine
 
 
 def hidden_dropout(x: Tensor, probability: float, training: bool, sequence_parallel: bool) -> Tensor:
@@ -75,6 +76,7 @@ class TransformerLayer(MegatronModule):
             MoELayer(config, layer_number, pg_collection) if has_experts else MLP(config, pg_collection=pg_collection)
         )
         use_fp8(self, config, layer_number, pg_collection)
+        use_transformer_engine(self, config)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 """Rules between settings: each violation says the value, the rule and the remedy, and all are reported at once."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -144,7 +145,12 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
         ["save_retain_interval is 25", "(10)", "--save-retain-interval 20"],
     ),
     (1, {"exit_on_missing_checkpoint": None}, ["exit_on_missing_checkpoint", "--load FOLDER"]),
-    (1, {"transformer_impl": "transformer_engine"}, ["transformer_engine", "later version", "write auto or local"]),
+    (1, {"transformer_impl": "transformer_engine"}, ["not installed here", "docs/installation.md", "auto or local"]),
+    (
+        1,
+        {"transformer_impl": "transformer_engine", "fp64": None},
+        ["fp64, which that package does not compute in", "write --transformer-impl auto or local"],
+    ),
     (1, {"fp16": None, "bf16": None}, ["--fp16 and --bf16", "one dtype", "keep one"]),
     (1, {"fp32_residual_connection": None}, ["fp32_residual_connection", "--bf16"]),
     (1, {"recompute_granularity": "full"}, ["recompute_granularity is full", "--recompute-method", "uniform"]),
@@ -339,6 +345,21 @@ def test_layers_are_compiled_on_a_gpu_unless_something_forbids_it(
     notices = [notice for notice in run.notices if "not compiled" in notice]
     assert said in "".join(notices)
     assert bool(notices) == bool(said)
+
+
+def test_transformer_engine_wants_a_gpu_and_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is. Mutation: layers compiled by default."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    line = words(transformer_impl="transformer_engine")
+    (found,) = violations(monkeypatch, 1, line)
+    assert "needs a GPU: write --transformer-impl auto or local" in found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = build_run_config(read_settings(line))
+    assert all_violations(run) == []
+    assert run.training.compile is False
+    assert any("not compiled" in notice for notice in run.notices)
+    (found,) = violations(monkeypatch, 1, [*line, "--compile"])
+    assert "compile is set with transformer_impl transformer_engine" in found
 
 
 LEGAL_UNDER_CONTEXT_PARALLELISM: list[tuple[int, dict[str, str | None]]] = [

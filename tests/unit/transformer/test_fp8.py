@@ -21,7 +21,7 @@ def linears(**settings: Any) -> dict[str, bool]:
     gpt = GPTModelConfig(share_embeddings_and_output_weights=False, position_embedding_type="rope")
     model = build_gpt(TransformerConfig(**{**sizes, **settings}), gpt, 64, 16)
     kinds = (ColumnParallelLinear, RowParallelLinear)
-    return {name: one.fp8_linear is not None for name, one in model.named_modules() if isinstance(one, kinds)}
+    return {name: one.product is not None for name, one in model.named_modules() if isinstance(one, kinds)}
 
 
 def test_linear_layers_of_transformer_layers_are_in_fp8_and_no_others() -> None:
