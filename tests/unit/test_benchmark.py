@@ -154,8 +154,9 @@ def test_the_command_for_a_gpu_names_models_that_are_there():
     assert len(named) == 4
     for path in named:
         against = ["--fp8-format hybrid --fp8-recipe tensorwise", "--fp8-format hybrid --fp8-recipe rowwise"]
-        sides = tool().sides_of(["--config", str(ROOT / path), "--compile"], ["plain", *against])
-        assert len(sides) == 4
+        kernels = ["--attention-backend flash", "--attention-backend fused"]
+        sides = tool().sides_of(["--config", str(ROOT / path), "--compile"], ["plain", *against, *kernels])
+        assert len(sides) == 6
 
 
 def test_kinds_of_operations():

@@ -1,16 +1,19 @@
 """DotProductAttention against softmax(q k^T) v written out, in float64."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
 from megatron_lite.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron_lite.transformer.dot_product_attention import DotProductAttention
+from megatron_lite.transformer import dot_product_attention
+from megatron_lite.transformer.dot_product_attention import DotProductAttention, sdpa_kernels
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
@@ -341,3 +344,32 @@ def test_sinks_are_computed_in_the_dtype_of_the_scores() -> None:
     sinks = attention.sinks(draw()[0].bfloat16())
     assert sinks is not None
     assert sinks.dtype == torch.bfloat16
+
+
+def test_kernels_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN first from Hopper on; torch's own order elsewhere. Mutations: one generation earlier; a request ignored."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for major, first in [(8, None), (9, SDPBackend.CUDNN_ATTENTION), (10, SDPBackend.CUDNN_ATTENTION)]:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
+        assert (sdpa_kernels(gpu, "auto") or [None])[0] is first
+        assert sdpa_kernels(gpu, "flash") == [SDPBackend.FLASH_ATTENTION]
+    assert sdpa_kernels(cpu, "auto") == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernel_is_that_and_a_compiled_layer_stays_one_graph(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's compiler knows sdpa_kernel in a with statement only. Mutations: not handed on; an ExitStack."""
+    attention = DotProductAttention(config(), layer_number=1)
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager") if compiled else attention
+    taken = {}
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        monkeypatch.setattr(dot_product_attention, "sdpa_kernels", lambda *_, kernel=kernel: [kernel])
+        torch._dynamo.reset()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            run(*draw(), mask)
+        names = {event.key for event in profiler.key_averages()}
+        taken[kernel] = "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert taken == {SDPBackend.MATH: False, SDPBackend.FLASH_ATTENTION: True}
