@@ -57,7 +57,7 @@ def rounded(tensor: Tensor, along: int) -> Tensor:
 
 
 def by_hand(operands: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The three products of each expert: the gradient of the weight of numbers as they came, the others of rounded ones."""
+    """The three products of each expert, the gradient of the weight of numbers as they came, the others rounded."""
     x, weight, grad = operands
     results = []
     for matrix, rows, of_rows in zip(weight, x.split(counts), grad.split(counts), strict=True):
