@@ -190,7 +190,9 @@ class GroupedMLP(MegatronModule):
         """What goes into the activation, [m, f/etp], gated [m, 2 f/etp] with all gates first."""
         weight = local_in_dtype(self.weight1, rows.dtype)
         gates_first = self.gated and reorders_weight(rows, weight)
-        output = grouped_linear(rows, weight, tokens_per_expert, self.backend, gates_first, fp8=self.fp8_fc1)
+        output = grouped_linear(
+            rows, weight, tokens_per_expert, self.backend, gates_first=gates_first, fp8=self.fp8_fc1
+        )
         if self.bias1 is not None:
             bias = local_in_dtype(self.bias1, rows.dtype)
             bias = gates_then_ups(bias, 1) if gates_first else bias
