@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "compiled kernels": r"^triton_|^cpp_fused|^graph_\d",
     "attention": r"attention|flash|fmha|sdpa|cudnn_generated",
-    "matrix products": r"::(mm|addmm_?|bmm|baddbmm|_grouped_mm|_scaled_mm)$|gemm|nvjet|cutlass|s16816",
+    "matrix products": r"::(mm|addmm_?|bmm|baddbmm|_grouped_mm|_scaled(_grouped)?_mm)$|gemm|nvjet|cutlass|s16816",
     "optimizer": r"adam|sgd|foreach|multi_tensor",
     "communication": r"nccl|gloo|c10d|all_reduce|all_gather|reduce_scatter|all_to_all",
     "softmax of the loss": r"softmax|amax|scatter_add|gather",

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the tables of one GPU of 80 GB or more, about 20 minutes: dense shapes and mixtures in bf16 against plain torch and transformers, then the
-# dense shapes in fp8 against bf16, and with each of torch's attention kernels. Results go to benchmarks/results/DATE-gpu-*.md and .json; arguments go to tools/benchmark.py (--steps 5).
+# Makes the tables of one GPU of 80 GB or more, about 25 minutes: dense shapes and mixtures in bf16 against plain torch and transformers, then
+# both in fp8 against bf16, and dense ones with each of torch's attention kernels. Results go to benchmarks/results/DATE-gpu-*.md and .json;
+# arguments go to tools/benchmark.py (--steps 5).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT="benchmarks/results/$(date +%F)-gpu"
@@ -11,5 +12,6 @@ python tools/benchmark.py --config "${DENSE[@]}" --compile off on --against plai
 python tools/benchmark.py --config "${EXPERTS[@]}" --compile off on --against plain huggingface --output "$OUT-experts" "${COMMON[@]}"
 python tools/benchmark.py --config "${DENSE[@]}" --compile on --output "$OUT-fp8" "${COMMON[@]}" \
     --against "--fp8-format hybrid --fp8-recipe tensorwise" "--fp8-format hybrid --fp8-recipe rowwise"
+python tools/benchmark.py --config "${EXPERTS[@]}" --compile on --output "$OUT-experts-fp8" "${COMMON[@]}" --against "--fp8-format hybrid"
 python tools/benchmark.py --config "${DENSE[@]}" --compile on --output "$OUT-attention" "${COMMON[@]}" \
     --against "--attention-backend flash" "--attention-backend fused"

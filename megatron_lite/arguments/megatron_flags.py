@@ -47,6 +47,9 @@ NO_EFFECT: dict[str, str] = {
         --moe-deepep-num-sms= --moe-hybridep-num-sms= --moe-hybridep-num-blocks-permute=
         --moe-hybridep-num-blocks-unpermute= --moe-hybridep-num-sms-preprocessing=
     """,
+    "the products of experts take any number of rows, in fp8 too": """
+        --moe-router-padding-for-quantization --moe-router-padding-for-fp8
+    """,
     "the experts of a rank are one tensor already": """
         --moe-use-grouped-tensor --moe-single-grouped-weight --moe-single-grouped-bias
     """,
@@ -194,12 +197,9 @@ REFUSED: dict[str, str] = {
     "fp8 is for the products of linear layers; parameters, their communication and the output layer are not in fp8": """
         --fp8-param-gather --fp8-output-proj --reuse-grad-buf-for-mxfp8-param-ag
     """,
-    "--fp8-format and --fp8-recipe say how linear layers are computed, all their three products alike": """
+    "--fp8-format and --fp8-recipe say how linear layers are computed, all three products of a dense one alike": """
         --no-fp8-wgrad --disable-fp8-wgrad --fp8-quantizer-factory= --te-precision-config-file=
         --use-kitchen-attention --kitchen-attention-backend=
-    """,
-    "routed experts are not in fp8": """
-        --moe-router-padding-for-quantization --moe-router-padding-for-fp8
     """,
     "FP4 training is not implemented; train with --bf16, or with --fp8-format": """
         --fp4-format= --fp4-recipe= --fp4-quantizer-factory= --fp4-param-gather

@@ -39,11 +39,11 @@ MULTIPLE = 16
 
 E4M3 = torch.float8_e4m3fn
 SMALLEST_AMAX = 2.0**-100  # below it, M / amax leaves float32
-Groups = tuple[ProcessGroup, ...]
+Groups = tuple[ProcessGroup | None, ...]
 
 
 class Quantized(NamedTuple):
-    """A matrix in fp8.
+    """A matrix in fp8, or several, [E, rows, columns].
 
     Attributes:
         data: [rows, columns] in an fp8 dtype.
@@ -57,6 +57,10 @@ class Quantized(NamedTuple):
         """[columns, rows], its rows contiguous in memory, as the kernels want both operands."""
         return Quantized(self.data.t().contiguous(), self.encode.t())
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """What is left of the matrix, in `dtype`; no digit of it is lost in bfloat16 if scales are powers of two."""
+        return (self.data.float() / self.encode).to(dtype)
+
 
 def has_fp8_kernels() -> bool:
     """Whether this process's GPU multiplies fp8 (compute capability 8.9, so Ada, Hopper and later)."""
@@ -69,14 +73,18 @@ def encode_scale(tensor: Tensor, dtype: torch.dtype, along: int | None, groups: 
     """M / amax as float32: [] with `along` None, else for each slice along that dimension, which becomes 1.
 
     Args:
-        tensor: [rows, columns].
+        tensor: [rows, columns], or several matrices, [E, rows, columns].
         dtype: the fp8 dtype.
-        along: the dimension amax is taken over; None for both.
+        along: the dimension amax is taken over; None for all.
         groups: ranks that hold other parts of what amax is taken over. Collectives: all-reduce (max) over each.
     """
-    amax = torch.linalg.vector_norm(tensor, math.inf, dim=along, keepdim=along is not None).float()
+    if tensor.numel() == 0:  # the largest of no numbers is 0 here, which leaves the scale to the other ranks
+        amax = tensor.sum(along, keepdim=along is not None).float()
+    else:
+        amax = torch.linalg.vector_norm(tensor, math.inf, dim=along, keepdim=along is not None).float()
     for group in groups:
-        amax = collectives.all_reduce(amax, group, "max")
+        if group is not None and group_size(group) > 1:
+            amax = collectives.all_reduce(amax, group, "max")
     scale = torch.finfo(dtype).max / amax.clamp(min=SMALLEST_AMAX)
     if along is not None:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
@@ -98,7 +106,7 @@ def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, kernels: bool, fast
         kernels: multiply in fp8 where that is possible. Else the same numbers are multiplied in `dtype`.
         fast: kernels may accumulate with less precision, as is usual in forward.
     """
-    if kernels and a.data.is_cuda and dtype == torch.bfloat16 and b.data.size(0) % MULTIPLE == 0:
+    if kernels and a.data.is_cuda and dtype == torch.bfloat16 and b.data.size(0) % MULTIPLE == 0 and a.data.numel():
         return scaled_mm(a, b, dtype, fast)
     product = a.data.to(dtype) @ b.data.to(dtype).t()
     product = product.to(torch.promote_types(dtype, torch.float32))
@@ -161,8 +169,7 @@ class Fp8Linear:
         """`splits` are the ranks over which dimension 0, and over which dimension 1 is split."""
         along = None if self.recipe == "tensorwise" else dim
         groups = splits[0] + splits[1] if along is None else splits[along]
-        others = tuple(group for group in groups if group is not None and group_size(group) > 1)
-        return quantize(tensor, dtype, encode_scale(tensor, dtype, along, others))
+        return quantize(tensor, dtype, encode_scale(tensor, dtype, along, groups))
 
 
 class _Fp8Product(Function):
@@ -171,7 +178,8 @@ class _Fp8Product(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, fp8: Fp8Linear) -> Tensor:
         tokens = x.reshape(-1, x.size(-1))
-        ctx.fp8, ctx.shape, ctx.tensorwise = fp8, x.shape, fp8.recipe == "tensorwise"
+        leading: tuple[int, ...] = x.shape[:-1]
+        ctx.fp8, ctx.tensorwise = fp8, fp8.recipe == "tensorwise"
         inputs, weights = fp8.quantize_input(tokens, 1), fp8.quantize_weight(weight, 1)
         ctx.save_for_backward(inputs.data if ctx.tensorwise else tokens, inputs.encode, weight, weights.encode)
         if fp8.sequence_group is not None:
@@ -179,8 +187,9 @@ class _Fp8Product(Function):
             if not ctx.tensorwise:
                 encode = collectives.all_gather(encode, 0, fp8.sequence_group)
             inputs = Quantized(_wait(_start_gather(inputs.data, fp8.sequence_group), E4M3), encode)
+            leading = (leading[0] * fp8.sequence_group.size(), *leading[1:])
         output = multiply(inputs, weights, x.dtype, fp8.kernels, fast=True)
-        return output.view(-1, *x.shape[1:-1], output.size(-1))
+        return output.view(*leading, output.size(-1))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -198,7 +207,8 @@ class _Fp8Product(Function):
         gradient = fp8.quantize_gradient(grad, 1)
         if wants_input:
             weights = quantize(weight, E4M3, weight_encode) if ctx.tensorwise else fp8.quantize_weight(weight, 0)
-            grad_input = multiply(gradient, weights.transposed(), grad.dtype, fp8.kernels).view(-1, *ctx.shape[1:])
+            grad_input = multiply(gradient, weights.transposed(), grad.dtype, fp8.kernels)
+            grad_input = grad_input.view(*grad_output.shape[:-1], weight.size(1))
             if fp8.sequence_group is not None:
                 sum_of_grads = collectives.start_reduce_scatter(grad_input, fp8.sequence_group)
             elif fp8.column_group is not None:

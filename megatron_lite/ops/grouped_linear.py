@@ -43,6 +43,14 @@ class Before(NamedTuple):
     factor: Tensor
 
 
+class Products(NamedTuple):
+    """The three products of a linear layer, for groups of rows; everything contiguous."""
+
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]  # x [m, in], weight [E, out, in], counts -> [m, out]
+    grad_x: Callable[[Tensor, Tensor, Tensor], Tensor]  # grad [m, out], weight, counts -> [m, in]
+    grad_weight: Callable[[Tensor, Tensor, Tensor], Tensor]  # grad [m, out], x [m, in], counts -> [E, out, in]
+
+
 def grouped_linear(
     x: Tensor,
     weight: Tensor,
@@ -50,6 +58,7 @@ def grouped_linear(
     backend: str = "auto",
     gates_first: bool = False,
     before: Before | None = None,
+    fp8: Callable[[Products], Products] | None = None,
 ) -> Tensor:
     """Rows times the transposed weight of their expert: [m, in] x [E, out, in] -> [m, out].
 
@@ -63,18 +72,21 @@ def grouped_linear(
         backend: see `choose_backend`.
         gates_first: the outputs 0, 2, 4, ... come first, then 1, 3, 5, ...: gates and ups in halves.
         before: applied to x.
+        fp8: makes of a backend's products those in fp8 (ops/fp8_grouped_linear.py); None: the dtype of x.
 
     Raises:
         ConfigError: a backend that is unknown or not installed.
     """
     _, size_out, size_in = weight.shape
     chosen = choose_backend(x.dtype, x.device, size_in, size_out, backend) if x.size(0) else "loop"
-    if chosen == "transformer_engine":
+    if chosen == "transformer_engine" and fp8 is None:
         rows = x if before is None else before.function(x, before.factor)
         return _transformer_engine(rows, gates_then_ups(weight, 1) if gates_first else weight, tokens_per_expert)
     function, factor = (None, None) if before is None else before
+    products = _PRODUCTS.get(chosen, _loop)
+    products = products if fp8 is None else fp8(products)
     return _GroupedLinear.apply(  # type: ignore[no-any-return]
-        x, factor, weight, tokens_per_expert, function, gates_first, _PRODUCTS[chosen]
+        x, factor, weight, tokens_per_expert, function, gates_first, products
     )
 
 
@@ -142,14 +154,6 @@ def _interleaved(weight: Tensor) -> Tensor:
     return weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class _Products(NamedTuple):
-    """The three products of a linear layer, for groups of rows; everything contiguous."""
-
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor]  # x [m, in], weight [E, out, in], counts -> [m, out]
-    grad_x: Callable[[Tensor, Tensor, Tensor], Tensor]  # grad [m, out], weight, counts -> [m, in]
-    grad_weight: Callable[[Tensor, Tensor, Tensor], Tensor]  # grad [m, out], x [m, in], counts -> [E, out, in]
-
-
 class _GroupedLinear(Function):
     @staticmethod
     def forward(
@@ -160,7 +164,7 @@ class _GroupedLinear(Function):
         counts: Tensor,
         before: Callable[[Tensor, Tensor], Tensor] | None,
         gates_first: bool,
-        products: _Products,
+        products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x, factor, weight, counts)
         ctx.before, ctx.gates_first, ctx.products = before, gates_first, products
@@ -189,14 +193,15 @@ class _GroupedLinear(Function):
         return grad_x, grad_factor, grad_weight, None, None, None, None
 
 
-def _ends(counts: Tensor) -> Tensor:
+def ends_of_groups(counts: Tensor) -> Tensor:
+    """Where the rows of each expert end, as torch's kernels want it: [E] int32."""
     return counts.cumsum(0).to(torch.int32)
 
 
-_torch = _Products(
-    forward=lambda x, weight, counts: F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts)),
-    grad_x=lambda grad, weight, counts: F.grouped_mm(grad, weight, offs=_ends(counts)),
-    grad_weight=lambda grad, x, counts: F.grouped_mm(grad.t(), x, offs=_ends(counts)),
+_torch = Products(
+    forward=lambda x, weight, counts: F.grouped_mm(x, weight.transpose(1, 2), offs=ends_of_groups(counts)),
+    grad_x=lambda grad, weight, counts: F.grouped_mm(grad, weight, offs=ends_of_groups(counts)),
+    grad_weight=lambda grad, x, counts: F.grouped_mm(grad.t(), x, offs=ends_of_groups(counts)),
 )
 
 
@@ -254,7 +259,7 @@ def _window(group: slice, x: Tensor) -> slice:
     return slice(start, start + rounded)
 
 
-_loop = _Products(
+_loop = Products(
     forward=lambda x, weight, counts: _loop_over(x, weight.transpose(1, 2), counts),
     grad_x=_loop_over,
     grad_weight=_loop_of_weights,
@@ -266,7 +271,7 @@ def _gmm(a: Tensor, b: Tensor, counts: Tensor, **transposed: bool) -> Tensor:
     return backend.gmm(a, b, counts.cpu(), **transposed)  # type: ignore[no-any-return]
 
 
-_grouped_gemm = _Products(
+_grouped_gemm = Products(
     forward=lambda x, weight, counts: _gmm(x, weight, counts, trans_b=True),
     grad_x=_gmm,
     # It may leave the matrix of an expert without rows unwritten.

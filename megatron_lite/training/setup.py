@@ -100,7 +100,7 @@ def compile_layer(layer: TransformerLayer, backend: str = "inductor") -> None:
         layer.compile(fullgraph=True, backend=backend)
         return
     layer.self_attention.compile(fullgraph=True, backend=backend)
-    layer.mlp.experts.compile_activation(backend)
+    layer.mlp.experts.compile_rows(backend)
 
 
 def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> list[nn.Module]:

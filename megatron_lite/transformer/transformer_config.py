@@ -63,13 +63,14 @@ class TransformerConfig(AttentionConfig):
     fp8: str | None = knob(
         None,
         "Multiply the linear layers of transformer layers in 8-bit floating point: e4m3, or hybrid, which has e5m2 for "
-        "gradients.",
+        "gradients, but those of routed experts.",
         flag="--fp8-format",
         choices=tuple(FORMATS),
     )
     fp8_recipe: str = knob(
         "tensorwise",
-        "fp8: one scale for each tensor, or one for each row (Megatron's default, delayed, is not there).",
+        "fp8: one scale for each tensor, or one for each row, as routed experts always have it (Megatron's default, "
+        "delayed, is not there).",
         choices=RECIPES,
     )
     first_last_layers_bf16: bool = knob(False, "Keep layers at both ends of the model out of fp8; the next say which.")

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_lite import parallel_state
+from megatron_lite.ops.fp8_grouped_linear import Fp8GroupedLinear
 from megatron_lite.ops.fp8_linear import FORMATS, RECIPES, Fp8Linear, Quantized
+from megatron_lite.ops.grouped_linear import grouped_linear
 from megatron_lite.tensor_parallel import ColumnParallelLinear, RowParallelLinear, local
 from megatron_lite.transformer.fp8 import use_fp8
+from megatron_lite.transformer.moe.experts import GroupedMLP
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.layouts import Layout, deviations, run_layout
 from tests.parallel.test_layout_matrix import GRADIENT_BOUND, WEIGHT_BOUND, expected
@@ -31,6 +34,8 @@ LAYOUTS = [
     Layout(variant="fp8", pp=2, schedule="zbv", layers=4, accumulation=2, moe="bias"),
     Layout(variant="fp8", tp=2, accumulation=2, recompute="selective"),
     Layout(variant="fp8_rowwise", tp=2, sp=True, cp=2, accumulation=2, moe="gated", ep=2, etp=1),
+    Layout(variant="fp8", dp=4, strategy="optim", moe="bias", ep=2, etp=2, dispatcher="allgather", swiglu=True),
+    Layout(variant="fp8", tp=2, accumulation=2, moe="aux", etp=2, recompute="selective"),
 ]
 
 
@@ -133,6 +138,70 @@ def deviation(row_parallel: bool, recipe: str, sequence_parallel: bool, broken: 
     return max(((a - b) / size).abs().max().item() for a, b, size in zip(found, wanted, sizes, strict=True))
 
 
+EXPERTS = (5, 0, 7)  # rows of each
+
+
+def check_experts(rank: int, world_size: int, counts: tuple[int, ...], broken: str | None = None) -> list[float]:
+    """The deviations of fc1 and of fc2 of experts whose width two ranks share; `broken` is a group that is forgotten.
+
+    Of one process' sum over a ramp each rank has a part, whose scale alone would round other numbers.
+    """
+    parallel_state.initialize_model_parallel(expert_tensor_parallel_size=2)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=INPUTS,
+        num_attention_heads=4,
+        num_moe_experts=len(counts),
+        moe_ffn_hidden_size=OUTPUTS,
+        add_bias_linear=False,
+        expert_tensor_parallel_size=2,
+        fp64=True,
+        fp8="hybrid",
+    )
+    experts = GroupedMLP(len(counts), config)
+    use_fp8(experts, config, 1, None)
+    found = []
+    for name, (outputs, inputs) in zip(("fp8_fc1", "fp8_fc2"), experts.shapes, strict=True):
+        fp8 = getattr(experts, name)
+        assert fp8 is not None
+        if broken is not None:
+            fp8 = dataclasses.replace(fp8, **{broken: None})
+        found.append(deviation_of_experts(counts, outputs, inputs, fp8, is_fc2=name == "fp8_fc2"))
+    return found
+
+
+def deviation_of_experts(
+    counts: tuple[int, ...], outputs: int, inputs: int, fp8: Fp8GroupedLinear, is_fc2: bool
+) -> float:
+    """The largest deviation of output and gradients of one product of experts from one process."""
+    group = parallel_state.get_expert_tensor_parallel_group()
+    generator = torch.Generator().manual_seed(0)
+    of_inputs, of_outputs = ramp(inputs, 24), ramp(outputs, 24)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    x, grad = draw(sum(counts), inputs) * of_inputs, draw(sum(counts), outputs) * of_outputs
+    weight = draw(len(counts), outputs, inputs) / of_inputs / of_outputs[:, None]
+
+    def own(tensor: Tensor, dim: int, is_split: bool = True) -> Tensor:
+        return tensor.chunk(2, dim)[group.rank()] if is_split else tensor
+
+    def compute(x: Tensor, weight: Tensor, grad: Tensor, fp8: Fp8GroupedLinear) -> list[Tensor]:
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        output = grouped_linear(x, weight, torch.tensor(counts), fp8=fp8)
+        return [output.detach(), *torch.autograd.grad(output, [x, weight], grad.contiguous())]
+
+    output, of_x, of_weight = compute(x, weight, grad, Fp8GroupedLinear())
+    wanted = [own(output, 1, not is_fc2), own(of_x, 1, is_fc2), own(of_weight, 2 if is_fc2 else 1)]
+    found = compute(own(x, 1, is_fc2), own(weight, 2 if is_fc2 else 1), own(grad, 1, not is_fc2), fp8)
+    torch.distributed.all_reduce(found[0 if is_fc2 else 1], group=group)
+    matrix = own((of_outputs[:, None] * of_inputs)[None], 2 if is_fc2 else 1)
+    sizes = [own(1 / of_outputs[None], 1, not is_fc2), own(1 / of_inputs[None], 1, is_fc2), matrix]
+    assert [one.shape for one in found] == [one.shape for one in wanted]
+    return max(((a - b) / size).abs().sum().item() for a, b, size in zip(found, wanted, sizes, strict=True))
+
+
 def without_group(tensor: str, group: str) -> AbstractContextManager[object]:
     """The scale of the input, the weight or the gradient does not know of the other ranks of a group."""
     name = f"quantize_{tensor}"
@@ -150,6 +219,20 @@ def test_linear_layers_equal_one_process(pool, cp):
     cases = [Case(*one) for one in itertools.product([COLUMN, ROW], RECIPES, [False, True])]
     for found in pool.run(check_linears, cases, world_size=2 * cp):
         assert max(found) < 1e-11, dict(zip(cases, found, strict=True))
+
+
+@pytest.mark.parametrize("counts", [EXPERTS, (0, 0, 0)])
+def test_experts_that_share_a_width_equal_one_process(pool, counts):
+    """Mutations: those below, or no collective where there are no rows, on one of the ranks."""
+    for found in pool.run(check_experts, counts, world_size=2):
+        assert max(found) < 1e-9, found
+
+
+def test_a_scale_of_a_part_of_an_expert_shows(pool):
+    """fc1 sums over parts in the gradient of its input, fc2 in its output; each knows of the ranks it needs."""
+    for broken, shows in (("column_group", [True, False]), ("row_group", [False, True])):
+        for found in pool.run(check_experts, EXPERTS, broken, world_size=2):
+            assert [one > 1e-2 for one in found] == shows, (broken, found)
 
 
 def test_a_scale_of_a_part_of_a_tensor_shows(pool):

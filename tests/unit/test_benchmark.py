@@ -164,6 +164,7 @@ def test_kinds_of_operations():
     names = {
         "aten::mm": "matrix products",
         "aten::addmm_": "matrix products",
+        "aten::_scaled_grouped_mm": "matrix products",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products",
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
         "flash_fwd_kernel": "attention",

@@ -119,7 +119,6 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--batch-size", "8"], "write --micro-batch-size"),
         (["--moe-paged-stash", "--moe-paged-stash-page-size", "8"], "--moe-paged-stash, --moe-paged-stash-page-size 8"),
         (["--moe-dispatch-fwd-dtype", "mxfp8"], "--moe-dispatch-fwd-dtype mxfp8 is given, but not supported"),
-        (["--moe-router-padding-for-fp8"], "--moe-router-padding-for-fp8 is given, but not supported: routed"),
     ],
 )
 def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: str) -> None:

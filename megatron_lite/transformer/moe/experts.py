@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.ops.fp8_grouped_linear import Fp8GroupedLinear
 from megatron_lite.ops.grouped_bias import add_grouped_bias
 from megatron_lite.ops.grouped_linear import Before, grouped_linear
 from megatron_lite.ops.swiglu import gates_then_ups
@@ -56,6 +57,10 @@ class GroupedMLP(MegatronModule):
     weight2: nn.Parameter
     bias1: nn.Parameter | None
     bias2: nn.Parameter | None
+    fp8_fc1: Fp8GroupedLinear | None = None
+    """Makes the products of fc1 those in fp8, where a model is trained so."""
+    fp8_fc2: Fp8GroupedLinear | None = None
+    """The same of fc2."""
 
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
@@ -82,11 +87,16 @@ class GroupedMLP(MegatronModule):
         self._dispatcher: Any = None
         self._create_parameters()
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Outputs and inputs of fc1 and of fc2, of all expert tensor parallel ranks together."""
+        width, hidden = self.config.moe_ffn_hidden_size or self.config.ffn_hidden_size, self.config.hidden_size
+        assert width is not None, "TransformerConfig derives ffn_hidden_size"
+        return (2 * width if self.gated else width, hidden), (hidden, width)
+
     def _create_parameters(self) -> None:
         config, experts, groups = self.config, self.num_experts, self.pg_collection
-        width, hidden = config.moe_ffn_hidden_size or config.ffn_hidden_size, config.hidden_size
-        assert width is not None, "TransformerConfig derives ffn_hidden_size"
-        fc1_rows = 2 * width if self.gated else width
+        (fc1_rows, hidden), (_, width) = self.shapes
 
         def create(name: str, shape: tuple[int, ...], init_method: Any, **options: Any) -> None:
             create_expert_parameter(
@@ -149,24 +159,26 @@ class GroupedMLP(MegatronModule):
         """
         return self._compute(rows, row_probs, tokens_per_expert)
 
-    def compile_activation(self, backend: str = "inductor") -> None:
-        """Make one kernel of activation and weighting, forward and backward, for any number of rows.
+    def compile_rows(self, backend: str = "inductor") -> None:
+        """Make one kernel of activation and weighting, forward and backward, for any number of rows, and of each cast
+        to fp8.
 
-        Where they are computed again in backward they are left as they are.
+        Where activations are computed again in backward they are left as they are.
         """
         if not self.recompute_activation:
             # It falls back by itself where it would have to be compiled too often.
             self.activate = torch.compile(self._activate, dynamic=True, backend=backend)
+        self.fp8_fc1, self.fp8_fc2 = (one and one.compiled(backend) for one in (self.fp8_fc1, self.fp8_fc2))
 
     def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         hidden = self._fc1(rows, tokens_per_expert)
         weight = local_in_dtype(self.weight2, rows.dtype)
         if self.recompute_activation:
             before = Before(self.activate, row_probs)
-            output = grouped_linear(hidden, weight, tokens_per_expert, self.backend, before=before)
+            output = grouped_linear(hidden, weight, tokens_per_expert, self.backend, before=before, fp8=self.fp8_fc2)
         else:
             activated = self.activate(hidden, None if self.weighs_output else row_probs)
-            output = grouped_linear(activated, weight, tokens_per_expert, self.backend)
+            output = grouped_linear(activated, weight, tokens_per_expert, self.backend, fp8=self.fp8_fc2)
             output = _weighted(output, row_probs) if self.weighs_output else output
         if self.bias2 is None:
             return output
@@ -178,7 +190,9 @@ class GroupedMLP(MegatronModule):
         """What goes into the activation, [m, f/etp], gated [m, 2 f/etp] with all gates first."""
         weight = local_in_dtype(self.weight1, rows.dtype)
         gates_first = self.gated and reorders_weight(rows, weight)
-        output = grouped_linear(rows, weight, tokens_per_expert, self.backend, gates_first=gates_first)
+        output = grouped_linear(
+            rows, weight, tokens_per_expert, self.backend, gates_first=gates_first, fp8=self.fp8_fc1
+        )
         if self.bias1 is not None:
             bias = local_in_dtype(self.bias1, rows.dtype)
             bias = gates_then_ups(bias, 1) if gates_first else bias

@@ -137,6 +137,17 @@ def test_zeros_stay_zeros(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0)])
+def test_no_tokens(recipe, shape):
+    """Mutations: the largest of no numbers, or a view whose size is to be found out, which raise."""
+    weight = draw(32, 16)
+    output, of_x, of_weight = run(Fp8Linear(E5M2, recipe), draw(*shape, 16), weight, draw(*shape, 32))
+    assert (output.shape, of_x.shape) == ((*shape, 32), (*shape, 16))
+    assert of_weight.shape == weight.shape
+    assert not of_weight.any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_seen(recipe, value):
     """A broken step must show. Mutation: nan_to_num before the cast, or infinity saturated."""

@@ -102,7 +102,7 @@ def test_what_is_compiled_of_a_layer_with_experts(monkeypatch):
     monkeypatch.setattr(
         nn.Module, "compile", lambda module, **options: compiled.append((type(module).__name__, options))
     )
-    monkeypatch.setattr(GroupedMLP, "compile_activation", lambda *given: compiled.append("activation"))
+    monkeypatch.setattr(GroupedMLP, "compile_rows", lambda *given: compiled.append("activation"))
     small_model(compile_layers=True)
     whole = {"fullgraph": True, "backend": "inductor"}
     assert compiled == [("TransformerLayer", whole), ("SelfAttention", whole), "activation"]

@@ -44,6 +44,24 @@ def test_losses_are_near_those_of_bf16(tmp_path: Path, capsys: pytest.CaptureFix
         assert found == pytest.approx(plain, rel=0.01), (words, found, plain)
 
 
+def test_losses_with_experts_are_near_those_of_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: no scale in either product of experts."""
+    experts = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "64", "--moe-grouped-gemm"]
+
+    def losses(*words: str) -> list[float]:
+        path = tmp_path / f"{len(words)}.jsonl"
+        pretrain(parse_args([*SMALL, *experts, *words, "--metrics-jsonl", str(path)]))
+        return [json.loads(line)["lm_loss"] for line in path.read_text().splitlines()]
+
+    plain, found = losses(), losses("--fp8-format", "hybrid")
+    out = capsys.readouterr().out
+    assert "fp8 hybrid tensorwise (emulated), routed experts e4m3 rowwise (emulated), the gradients of their" in out
+    assert "note: --fp8-format hybrid: routed experts have a scale for each row and e4m3 for gradients too" in out
+    assert plain[-1] < plain[0] - 1.0
+    assert found != plain
+    assert found == pytest.approx(plain, rel=0.02)
+
+
 def test_layers_that_stay_out_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Mutation: a line for each layer."""
     pretrain(parse_args([*SMALL, "--train-iters", "1", "--ffn-hidden-size", "40", "--fp8-format", "hybrid"]))

@@ -157,6 +157,7 @@ STEPS = {
     + "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-shared-expert-intermediate-size 32 "
     "--moe-token-dispatcher-type alltoall",
     "experts recomputed": EXPERTS + "--recompute-granularity selective --recompute-modules moe_act",
+    "experts in fp8": EXPERTS + "--fp8-format hybrid",
 }
 LAYOUTS = {
     "tensor": "--tensor-model-parallel-size 2 --sequence-parallel --hidden-dropout 0.1",
@@ -176,6 +177,16 @@ def test_a_step_does_not_wait(words: str, monkeypatch: pytest.MonkeyPatch) -> No
     mask `.to(device)` without non_blocking.
     """
     assert one_step(words, monkeypatch).loss.device == META
+
+
+def test_the_grouped_kernel_of_fp8_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutations: the counts as a list; the kernel for one of two matrices, or for one of two products."""
+    monkeypatch.setattr("megatron_lite.transformer.fp8.has_grouped_fp8_kernels", lambda: True)
+    real, calls = torch._scaled_grouped_mm, []
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", lambda *one, **more: calls.append(1) or real(*one, **more))
+    assert one_step(STEPS["experts in fp8"], monkeypatch).loss.device == META
+    steps, micro_batches, layers, matrices, products = 2, 2, 2, 2, 2
+    assert len(calls) == steps * micro_batches * layers * matrices * products
 
 
 @pytest.mark.parametrize("words", LAYOUTS.values(), ids=LAYOUTS)

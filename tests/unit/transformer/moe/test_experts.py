@@ -262,7 +262,7 @@ def test_a_compiled_activation(activation: str, width: int) -> None:
     config = config_of(moe_ffn_hidden_size=width, **ACTIVATIONS[activation])
     plain, compiled = GroupedMLP(EXPERTS, config), GroupedMLP(EXPERTS, config)
     compiled.load_state_dict(plain.state_dict())
-    compiled.compile_activation(backend="aot_eager")
+    compiled.compile_rows(backend="aot_eager")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for counts in ([20, 0, 31], [7, 9, 4], [0, 2, 30]):
