@@ -44,7 +44,9 @@ def pipeline_notices(run: RunConfig) -> Iterator[str]:
 
 
 def fp8_notices(run: RunConfig, recipe_is_given: bool) -> Iterator[str]:
-    """Which recipe was chosen for want of one."""
+    """Which recipe was chosen for want of one, and what layers in fp8 do not take part in."""
+    if run.transformer.fp8 is not None and run.transformer.tp_comm_overlap:
+        yield "--tp-comm-overlap: layers in fp8 gather and reduce-scatter as without it; it is for the others alone."
     if run.transformer.fp8 is not None and not recipe_is_given:
         yield (
             f"--fp8-format {run.transformer.fp8}: scales are those of the tensor at hand (--fp8-recipe "

@@ -157,7 +157,8 @@ def reaches(
 
 
 def _identity(number: int) -> tuple[int, ...]:
-    return tuple(torch.cuda.get_device_properties(number).uuid.bytes)
+    """The device's UUID, as the codes of its characters."""
+    return tuple(str(torch.cuda.get_device_properties(number).uuid).encode())
 
 
 def _all(here: bool, device: torch.device, group: ProcessGroup) -> bool:

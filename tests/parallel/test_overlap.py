@@ -1,12 +1,14 @@
 """Products that overlap with their communication give what the same products and collectives give apart.
 
-On real processes, in float64. torch's operators for GPUs run here as torch itself spells them out in collectives, on the
-CPU: what is tested is how they are called. The docstring of each test names a mutation of the code that makes it fail.
+On real processes, in float64. torch's operators for GPUs run here as torch itself spells them out in collectives, on
+the CPU: what is tested is how they are called. The docstring of each test names mutations of the code that fail it.
 """
 
+import contextlib
+import io
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -33,7 +35,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = []
 """What torch's operators were called with by name, since `by` began."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def operators() -> Iterator[None]:
     """torch's operators on the CPU, by torch's own definition of what they mean; they are chosen for every group."""
 
@@ -76,7 +78,7 @@ def tp_group() -> dist.ProcessGroup:
 def check_gather(rank: int, tp: int, way: Way, dtype: torch.dtype) -> None:
     start(tp)
     k, n = (5, 7) if way == "ring" else (16, 8)
-    parts = [draw(r, PART, BATCH, k).to(dtype) for r in range(tp)]
+    parts = [draw(r, BATCH, PART, k).to(dtype).transpose(0, 1) for r in range(tp)]  # not contiguous
     weight, bias = draw(10, n, k).to(dtype), draw(11, n).to(dtype)
     with by(way):
         for added, keep in itertools.product((bias, None), (False, True)):
@@ -352,3 +354,54 @@ def test_without_sequence_parallelism_it_is_refused(tp: int, sequence_parallel: 
     )
     with pytest.raises(ConfigError, match=f"tp_comm_overlap is set with tensor_model_parallel_size {tp} and seq"):
         config.validate()
+
+
+def check_backends(rank: int, world_size: int) -> None:
+    backends = {"cpu:gloo,cuda:gloo": False, "cpu:fake,cuda:fake": False, "cuda:nccl": True, "cpu:gloo,cuda:nccl": True}
+    for backend, asks in backends.items():
+        asked = mock.Mock(side_effect=LookupError)
+        with (
+            mock.patch.object(torch.cuda, "is_available", return_value=True),
+            mock.patch.object(torch.cuda, "current_device", asked),
+            mock.patch.object(dist, "get_backend_config", return_value=backend),
+            pytest.raises(LookupError) if asks else nullcontext(),
+        ):
+            assert not overlapped.has_symmetric_memory(dist.group.WORLD)
+        assert asked.called == asks
+
+
+def test_only_nccl_on_gpus_asks_for_symmetric_memory(pool: WorkerPool) -> None:
+    """Mutation: ask whatever the backend is: gloo, of ranks that share a GPU, and no backend at all in a dry run."""
+    pool.run(check_backends, world_size=1)
+
+
+def announced(rank: int, world_size: int, words: list[str]) -> str:
+    """What start-up says to the first rank of a run."""
+    from megatron_lite.arguments import parse_args
+    from megatron_lite.training.initialize import announce
+
+    start(world_size)
+    out = io.StringIO()
+    with mock.patch.dict("os.environ", WORLD_SIZE=str(world_size)), contextlib.redirect_stdout(out):
+        announce(parse_args(words), torch.device("cpu"))
+    return out.getvalue()
+
+
+def test_start_up_says_how(pool: WorkerPool) -> None:
+    """Mutation: say it without the switch."""
+    words = [
+        "--num-layers",
+        "1",
+        "--hidden-size",
+        "32",
+        "--num-attention-heads",
+        "4",
+        "--seq-length",
+        "16",
+        "--lr",
+        "1",
+    ]
+    words += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--micro-batch-size", "1"]
+    words += ["--train-iters", "1", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    assert "overlap" not in pool.run(announced, words, world_size=2)[0]
+    assert "· tensor parallel overlap: ring\n" in pool.run(announced, [*words, "--tp-comm-overlap"], world_size=2)[0]
