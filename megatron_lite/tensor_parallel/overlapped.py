@@ -56,9 +56,10 @@ def gather_then_multiply(
     Returns:
         The product, and the gathered [s, b, k] or None.
     """
+    x = x.contiguous()
     if way == "symmetric" and _is_aligned(x, weight):
         gathered, (product,) = torch.ops.symm_mem.fused_all_gather_matmul(
-            x.contiguous(), [weight.t()], 0, group.group_name, return_A=keep
+            x, [weight.t()], 0, group.group_name, return_A=keep
         )
         return product if bias is None else product.add_(bias), gathered
     ranks, rank = group.size(), group.rank()

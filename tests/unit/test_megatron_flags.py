@@ -264,7 +264,7 @@ def test_the_parts_of_tp_comm_overlap_are_explained() -> None:
     words = "--tp-comm-overlap --no-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --tp-comm-overlap-cfg a.yaml"
     settings = read_settings(words.split())
     assert not settings.problems
-    assert settings.values["tp_comm_overlap"] is True
+    assert settings.values["tp_comm_overlap"][0] is True
     one_switch, backward, tuning = settings.notices
     assert one_switch.startswith("--no-tp-comm-overlap-rs: accepted without effect (--tp-comm-overlap is one switch")
     assert backward.startswith("--tp-comm-overlap-rs-dgrad: accepted without effect (in a column layer's backward")
