@@ -166,6 +166,7 @@ def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
 def _layout_lines(run: RunConfig) -> Iterator[str]:
     sizes = run.transformer
     sequence = " with sequence parallelism" if sizes.sequence_parallel else ""
+    sequence += ", overlapped with products" if sizes.tp_comm_overlap else ""
     groups = [
         (
             f"tensor parallel {sizes.tensor_model_parallel_size}{sequence}",

@@ -35,6 +35,10 @@ class ModelParallelConfig(Validated):
     sequence_parallel: bool = knob(
         False, "Split activations along the sequence between the tensor parallel regions (norms, dropout, residual)."
     )
+    tp_comm_overlap: bool = knob(
+        False,
+        "Under sequence parallelism, gather and reduce-scatter parts of the sequence while others are multiplied.",
+    )
     context_parallel_size: int = knob(1, "Ranks over which each sequence is split (CP).")
     hierarchical_context_parallel_sizes: list[int] | None = knob(
         None, "Sizes of the inner and outer context parallel groups for --cp-comm-type a2a+p2p."
@@ -79,6 +83,12 @@ class ModelParallelConfig(Validated):
             size = getattr(self, name)
             if size < 1:
                 found.append(f"{name} is {size}, but a parallel size must be at least 1; 1 switches the axis off.")
+        if self.tp_comm_overlap and not (self.sequence_parallel and self.tensor_model_parallel_size > 1):
+            found.append(
+                f"tp_comm_overlap is set with tensor_model_parallel_size {self.tensor_model_parallel_size} and "
+                f"sequence_parallel {self.sequence_parallel}, but what overlaps is the communication of sequence "
+                "parallelism: write --tensor-model-parallel-size above 1 and --sequence-parallel, or leave it out."
+            )
         dtypes = [name for name in ("fp16", "bf16", "fp64") if getattr(self, name)]
         if len(dtypes) > 1:
             flags = " and ".join(f"--{name}" for name in dtypes)

@@ -19,15 +19,21 @@ NO_EFFECT: dict[str, str] = {
         --disable-flight-recorder-extra-dump-on-exec --no-barrier-with-level-1-timing
     """,
     "communication overlaps with computation wherever it can, without being asked": """
-        --tp-comm-overlap --no-tp-comm-bulk-wgrad --disable-tp-comm-bulk-wgrad --no-tp-comm-bulk-dgrad
-        --disable-tp-comm-bulk-dgrad --no-tp-comm-overlap-ag --disable-tp-comm-overlap-ag --no-tp-comm-overlap-rs
-        --disable-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --no-tp-comm-split-ag --disable-tp-comm-split-ag
-        --no-tp-comm-split-rs --disable-tp-comm-split-rs --tp-comm-bootstrap-backend= --delay-wgrad-compute
-        --use-ring-exchange-p2p --defer-embedding-wgrad-compute --wgrad-deferral-limit=
-        --overlap-p2p-communication-warmup-flush
-        --symmetric-ar-type= --tp-comm-overlap-cfg= --no-align-grad-reduce --disable-align-grad-reduce
-        --no-overlap-p2p-communication --overlap-grad-reduce --overlap-param-gather
+        --delay-wgrad-compute --use-ring-exchange-p2p --defer-embedding-wgrad-compute --wgrad-deferral-limit=
+        --overlap-p2p-communication-warmup-flush --symmetric-ar-type= --no-align-grad-reduce
+        --disable-align-grad-reduce --no-overlap-p2p-communication --overlap-grad-reduce --overlap-param-gather
         --overlap-param-gather-with-optimizer-step --no-align-param-gather --create-all-gather-group
+    """,
+    "--tp-comm-overlap is one switch for gathers and reduce-scatters, which changes no result": """
+        --no-tp-comm-overlap-ag --disable-tp-comm-overlap-ag --no-tp-comm-overlap-rs --disable-tp-comm-overlap-rs
+        --no-tp-comm-split-ag --disable-tp-comm-split-ag --no-tp-comm-split-rs --disable-tp-comm-split-rs
+    """,
+    "in a column layer's backward, gather and reduce-scatter always run beside the other gradient's whole product": """
+        --no-tp-comm-bulk-wgrad --disable-tp-comm-bulk-wgrad --no-tp-comm-bulk-dgrad --disable-tp-comm-bulk-dgrad
+        --tp-comm-overlap-rs-dgrad
+    """,
+    "--tp-comm-overlap works with torch's process groups alone, and there is nothing to tune": """
+        --tp-comm-overlap-cfg= --tp-comm-bootstrap-backend=
     """,
     "the order of work of --pipeline-schedule interleaved is torch's, and changes no result": """
         --microbatch-group-size-per-virtual-pipeline-stage=

@@ -44,12 +44,14 @@ def pipeline_notices(run: RunConfig) -> Iterator[str]:
 
 
 def fp8_notices(run: RunConfig, recipe_is_given: bool) -> Iterator[str]:
-    """Which recipe was chosen for want of one, and that experts have their own."""
+    """The recipe if none was chosen, that of experts, and what layers in fp8 do not take part in."""
     if run.transformer.fp8 is not None and run.transformer.num_moe_experts is not None:
         yield (
             f"--fp8-format {run.transformer.fp8}: routed experts have a scale for each row and e4m3 for gradients too, "
             "whatever --fp8-recipe says; the gradients of their weights are not in fp8."
         )
+    if run.transformer.fp8 is not None and run.transformer.tp_comm_overlap:
+        yield "--tp-comm-overlap: layers in fp8 gather and reduce-scatter as without it; it is for the others alone."
     if run.transformer.fp8 is not None and not recipe_is_given:
         yield (
             f"--fp8-format {run.transformer.fp8}: scales are those of the tensor at hand (--fp8-recipe "

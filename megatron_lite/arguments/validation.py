@@ -254,6 +254,11 @@ def _transformer_engine(run: RunConfig) -> Iterator[str]:
     remedy = "write --transformer-impl auto or local"
     if run.transformer.fp64:
         yield f"transformer_impl is transformer_engine with fp64, which that package does not compute in: {remedy}."
+    elif run.transformer.tp_comm_overlap:
+        yield (
+            "transformer_impl is transformer_engine with tp_comm_overlap, but its layers communicate by themselves: "
+            "leave out --tp-comm-overlap, or write --transformer-impl local."
+        )
     elif run.dry_run:
         return
     elif importlib.util.find_spec("transformer_engine") is None:

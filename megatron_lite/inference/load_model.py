@@ -63,6 +63,7 @@ def load_model(
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
         "sequence_parallel": False,
+        "tp_comm_overlap": False,
         # Every package is not everywhere, and what one token gets must not depend on which others are there.
         "moe_token_dispatcher_type": "allgather",
         "moe_enable_deepep": False,

@@ -17,13 +17,17 @@ from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
 from megatron_lite.model_parallel_config import ModelParallelConfig
 from megatron_lite.process_groups import group_rank, group_size
-from megatron_lite.tensor_parallel.linear import linear_with_grad_accumulation_and_async_allreduce
+from megatron_lite.tensor_parallel.linear import (
+    linear_with_grad_accumulation_and_async_allreduce,
+    linear_with_reduce_scatter,
+)
 from megatron_lite.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
+from megatron_lite.tensor_parallel.overlapped import Way, choose_way
 from megatron_lite.tensor_parallel.parameters import create_parameter, local
 from megatron_lite.tensor_parallel.utils import VocabUtility, divide
 
@@ -53,6 +57,13 @@ def look_up(ids: Tensor, table: Tensor) -> Tensor:
     if torch.is_grad_enabled() and not table.is_cuda:
         table = table.to(torch.promote_types(table.dtype, torch.float32))
     return F.embedding(ids, table)
+
+
+def way_of_overlap(config: ModelParallelConfig, group: ProcessGroup | None) -> Way | None:
+    """How products of this group overlap with their communication; None where they do not, or there is none."""
+    if group is None or group_size(group) == 1 or not (config.tp_comm_overlap and config.sequence_parallel):
+        return None
+    return choose_way(group)
 
 
 class _ParallelLinear(nn.Module):
@@ -94,6 +105,7 @@ class _ParallelLinear(nn.Module):
         self.sequence_parallel = config.sequence_parallel and self.tp_size > 1
         # The token dispatcher moves and sums the tokens of experts.
         self.communicates = self.tp_size > 1 and not is_expert
+        self.overlap = way_of_overlap(config, tp_group) if self.communicates else None
 
     def _create(self, name: str, shape: tuple[int, ...], init_method: InitMethod, **split: Any) -> nn.Parameter:
         return create_parameter(
@@ -206,6 +218,7 @@ class ColumnParallelLinear(_ParallelLinear):
                 added_here,
                 sequence_parallel=self.sequence_parallel,
                 tp_group=self.tp_group if self.communicates else None,
+                overlap=self.overlap,
             )
         else:
             output = self.product(input_, weight, added_here)
@@ -280,6 +293,10 @@ class RowParallelLinear(_ParallelLinear):
         multiply = self.product or F.linear
         if not self.communicates:
             output = multiply(input_, weight, added_here)
+        elif self.overlap is not None and self.product is None:
+            assert self.tp_group is not None, "one rank has nothing to overlap with"
+            output = linear_with_reduce_scatter(input_, weight, self.tp_group, self.overlap)
+            output = output if added_here is None else output + added_here
         else:
             reduce = (
                 reduce_scatter_to_sequence_parallel_region

@@ -128,7 +128,7 @@ def scatter_to_tensor_model_parallel_region(
     group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
-    _require_divisible(input_, -1, group, "last dimension")
+    require_divisible(input_, -1, group, "last dimension")
     return _Split.apply(input_, -1, group)
 
 
@@ -154,7 +154,7 @@ def scatter_to_sequence_parallel_region(
     group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
-    _require_divisible(input_, 0, group, "sequence length (dim 0)")
+    require_divisible(input_, 0, group, "sequence length (dim 0)")
     return _Split.apply(input_, 0, group)
 
 
@@ -199,7 +199,7 @@ def reduce_scatter_to_sequence_parallel_region(
     group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
-    _require_divisible(input_, 0, group, "sequence length (dim 0)")
+    require_divisible(input_, 0, group, "sequence length (dim 0)")
     return _ReduceScatter.apply(input_, 0, group)
 
 
@@ -222,7 +222,7 @@ def reduce_scatter_last_dim_to_tensor_parallel_region(
     group = default_group(group, tp_group)
     if group is None or group_size(group) == 1:
         return input_
-    _require_divisible(input_, -1, group, "last dimension")
+    require_divisible(input_, -1, group, "last dimension")
     return _ReduceScatter.apply(input_, -1, group)
 
 
@@ -245,7 +245,7 @@ def all_to_all(
         return input_
     size = group_size(group)
     if output_split_sizes is None or input_split_sizes is None:
-        _require_divisible(input_, 0, group, "number of rows")
+        require_divisible(input_, 0, group, "number of rows")
     equal = [input_.size(0) // size] * size
     return _AllToAll.apply(input_, output_split_sizes or equal, input_split_sizes or equal, group)
 
@@ -255,7 +255,7 @@ def all_to_all_sp2hp(input_: Tensor, group: ProcessGroup | None = None) -> Tenso
     group = default_group(group)
     if group is None or group_size(group) == 1:
         return input_
-    _require_divisible(input_, -1, group, "last dimension")
+    require_divisible(input_, -1, group, "last dimension")
     by_destination = torch.cat(input_.reshape(-1, input_.size(-1)).chunk(group_size(group), dim=-1), dim=0)
     return all_to_all(group, by_destination)
 
@@ -269,7 +269,8 @@ def all_to_all_hp2sp(input_: Tensor, group: ProcessGroup | None = None) -> Tenso
     return torch.cat(exchanged.chunk(group_size(group), dim=0), dim=-1)
 
 
-def _require_divisible(input_: Tensor, dim: int, group: ProcessGroup, what: str) -> None:
+def require_divisible(input_: Tensor, dim: int, group: ProcessGroup, what: str) -> None:
+    """Refuse a tensor that the ranks of a group cannot split evenly along `dim`; `what` names that size."""
     size, ranks = input_.size(dim), group_size(group)
     if size % ranks:
         raise ConfigError(

@@ -15,6 +15,7 @@ from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.ops.grouped_linear import choose_backend
 from megatron_lite.optimizer import OptimizerConfig
+from megatron_lite.tensor_parallel.layers import way_of_overlap
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.attention_choices import describe_communication
 from megatron_lite.transformer.fp8 import describe_fp8
@@ -177,6 +178,8 @@ def announce(config: RunConfig, device: torch.device) -> None:
             print_rank_0(f"  {line}")
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
     grouped = "" if sizes.num_moe_experts is None else f" · grouped products: {_grouped_products(sizes, device)}"
+    way = way_of_overlap(sizes, parallel_state.get_tensor_model_parallel_group())
+    overlap = "" if way is None else f" · tensor parallel overlap: {way}"
     linear = "" if sizes.fp8 is None else f" · linear layers: {describe_fp8(sizes, device)}"
     engine = sizes.transformer_impl == "transformer_engine"
     if engine and sizes.fp8 is None:
@@ -184,7 +187,7 @@ def announce(config: RunConfig, device: torch.device) -> None:
     attention = "transformer engine" if engine and sizes.attention_backend == "auto" else "torch sdpa"
     print_rank_0(
         f"attention: {attention} ({sizes.attention_backend}) · optimizer: {_optimizer(config.optimizer)} · "
-        f"layers: {compiled}{grouped}{linear}"
+        f"layers: {compiled}{grouped}{linear}{overlap}"
     )
     for notice in config.notices:
         print_rank_0(f"note: {notice}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lite.process_groups import group_rank, group_size
-from megatron_lite.tensor_parallel.layers import ColumnParallelLinear
+from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, way_of_overlap
 from megatron_lite.tensor_parallel.linear import linear_with_grad_accumulation_and_async_allreduce
 from megatron_lite.tensor_parallel.parameters import create_parameter, declare_parameter
 from megatron_lite.transformer.module import MegatronModule
@@ -71,6 +71,7 @@ class SharedGroupProjection(MegatronModule):
         assert config.num_query_groups is not None, "TransformerConfig derives num_query_groups"
         assert config.init_method is not None, "TransformerConfig derives init_method"
         self.tp_group, ranks = group, group_size(group)
+        self.overlap = way_of_overlap(config, group)
         heads, groups, head = config.num_attention_heads, config.num_query_groups, config.kv_channels or 0
         ranks_per_group = ranks // groups
         which_group, place = divmod(group_rank(group), ranks_per_group)
@@ -110,6 +111,7 @@ class SharedGroupProjection(MegatronModule):
             bias,
             sequence_parallel=self.config.sequence_parallel,
             tp_group=self.tp_group,
+            overlap=self.overlap,
         )
 
     def _own_rows(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:

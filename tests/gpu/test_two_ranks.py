@@ -1,6 +1,7 @@
 """Two ranks that share one GPU and communicate by gloo train what one rank trains.
 
-So the code for GPUs meets collectives where there is one GPU only: NCCL wants one for each rank. pytest -m gpu
+So the code for GPUs meets collectives where there is one GPU only: NCCL wants one for each rank. With --tp-comm-overlap
+that is the ring; torch's operators want a GPU for each rank too (tests/gpu/test_overlap.py calls them). pytest -m gpu
 """
 
 from pathlib import Path
@@ -19,6 +20,8 @@ EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-token-di
 LAYOUTS = {
     "tp": "--tensor-model-parallel-size 2",
     "tp sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "tp sp overlap": "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap",
+    "tp sp overlap compiled": "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap --compile",
     "tp sp compiled": "--tensor-model-parallel-size 2 --sequence-parallel --compile",
     "cp": "--context-parallel-size 2",
     "dp optim": "--data-parallel-sharding-strategy optim",

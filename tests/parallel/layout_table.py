@@ -17,8 +17,8 @@ def row_name(layout: Layout) -> str:
 
 
 def ranks_of(layout: Layout) -> str:
-    """The axes that are on: "tp2 sp cp2(a2a) pp4x2(interleaved) dp2(optim) ep2 etp1"."""
-    words = [f"tp{layout.tp}"] * (layout.tp > 1) + ["sp"] * layout.sp
+    """The axes that are on: "tp2 sp overlap cp2(a2a) pp4x2(interleaved) dp2(optim) ep2 etp1"."""
+    words = [f"tp{layout.tp}"] * (layout.tp > 1) + ["sp"] * layout.sp + ["overlap"] * layout.overlap
     if layout.cp > 1:
         comm = layout.comm if isinstance(layout.comm, str) else "/".join(layout.comm)
         words.append(f"cp{layout.cp}({comm})")
@@ -71,7 +71,8 @@ def layout_table(measured: Mapping[Layout, Mapping[str, float]], steps: int) -> 
         "*latent* is multi-latent attention (*latent keys*: queries without a latent, values wider than keys),",
         "*further* multi-token prediction of two tokens more, *deepseek* both, *sinks* learned attention sinks with",
         "clamped gated activations, *windows* sinks and sliding windows by turns, *gates* gated attention with layers",
-        "without positions and norm weights stored minus one, *off by one* the softmax of that name.",
+        "without positions and norm weights stored minus one, *off by one* the softmax of that name. With *overlap*",
+        "ranks multiply parts of the sequence while others travel (`--tp-comm-overlap`).",
         "",
         f"Written by `scripts/test.sh tests/parallel/test_layout_matrix.py --full-matrix --layout-table "
         f"docs/layout_matrix.md` with torch {torch.__version__.split('+')[0]}. By default a part of the matrix runs.",

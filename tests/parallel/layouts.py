@@ -51,6 +51,7 @@ class Layout:
 
     tp: int = 1
     sp: bool = False
+    overlap: bool = False
     cp: int = 1
     comm: str | tuple[str, ...] = "p2p"
     hierarchy: tuple[int, int] | None = None
@@ -96,7 +97,8 @@ class Layout:
     def name(self) -> str:
         """Short, for the test's id."""
         comm = self.comm if isinstance(self.comm, str) else "+".join(self.comm)
-        parts = [f"tp{self.tp}"] + ["sp"] * self.sp + [f"cp{self.cp}-{comm}"] * (self.cp > 1)
+        parts = [f"tp{self.tp}"] + ["sp"] * self.sp + ["overlap"] * self.overlap
+        parts += [f"cp{self.cp}-{comm}"] * (self.cp > 1)
         if self.pp > 1:
             parts += [f"pp{self.pp}"] + [f"vpp{self.chunks}"] * (self.chunks is not None)
             parts += [self.schedule or "default"] + [f"stages-{self.stages}"] * (self.stages is not None)
@@ -250,6 +252,7 @@ def transformer_config(layout: Layout) -> TransformerConfig:
         init_method_std=0.2,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sp,
+        tp_comm_overlap=layout.overlap,
         context_parallel_size=layout.cp,
         cp_comm_type=layout.comm if isinstance(layout.comm, str) else list(layout.comm),
         hierarchical_context_parallel_sizes=None if layout.hierarchy is None else list(layout.hierarchy),

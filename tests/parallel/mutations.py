@@ -20,7 +20,7 @@ from megatron_lite.optimizer import clip_grads, optimizer
 from megatron_lite.parallel_state import get_group, get_pipeline_model_parallel_rank
 from megatron_lite.pipeline_parallel import pipelined, schedules, tied_embeddings
 from megatron_lite.process_groups import group_rank, group_size
-from megatron_lite.tensor_parallel import collectives, layers, mappings, parameters
+from megatron_lite.tensor_parallel import collectives, layers, linear, mappings, parameters
 from megatron_lite.training import batches, step
 from megatron_lite.transformer import multi_latent_attention, qkv_projection
 from megatron_lite.transformer.moe import (
@@ -691,6 +691,52 @@ def gates_by_group():
     return mock.patch.object(qkv_projection.SharedGroupProjection, "__init__", broken)
 
 
+def last_part_not_multiplied():
+    """T31: the ring of the gather ends one step early, without the part of the next rank."""
+    original = linear.gather_then_multiply
+
+    def broken(x, weight, bias, group, *arguments, **options):
+        product, gathered = original(x, weight, bias, group, *arguments, **options)
+        parts = list(product.chunk(group.size()))
+        missing = (group.rank() + 1) % group.size()
+        parts[missing] = torch.zeros_like(parts[missing])
+        return torch.cat(parts), gathered
+
+    return mock.patch.object(linear, "gather_then_multiply", broken)
+
+
+def part_of_another_rank_added():
+    """T31: to the sum that has come home a rank adds its product of the next rank's positions in place of its own."""
+    original = linear.multiply_then_reduce_scatter
+
+    def broken(x, weight, group, way):
+        own, other = (x.chunk(group.size())[(group.rank() + step) % group.size()] for step in (0, 1))
+        return original(x, weight, group, way) + torch.nn.functional.linear(other - own, weight)
+
+    return mock.patch.object(linear, "multiply_then_reduce_scatter", broken)
+
+
+def sums_one_rank_too_far():
+    """T31: the ring of the reduce-scatter takes one step too many."""
+    original = linear.multiply_then_reduce_scatter
+
+    def broken(x, weight, group, way):
+        return collectives.wait(collectives.start_shift(original(x, weight, group, way), group))
+
+    return mock.patch.object(linear, "multiply_then_reduce_scatter", broken)
+
+
+def gathered_gradient_of_one_rank():
+    """T31: the weight of a row layer learns from the positions of this rank alone, in the place of all of them."""
+    original = linear.gather_then_multiply
+
+    def broken(x, weight, bias, group, way, *, keep=False):
+        product, gathered = original(x, weight, bias, group, way, keep=keep)
+        return product, None if gathered is None else torch.cat([x] * group.size())
+
+    return mock.patch.object(linear, "gather_then_multiply", broken)
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -763,5 +809,9 @@ MUTATIONS = {
         sinks_of_other_heads,
         sinks_without_a_place,
         gates_by_group,
+        last_part_not_multiplied,
+        part_of_another_rank_added,
+        sums_one_rank_too_far,
+        gathered_gradient_of_one_rank,
     )
 }

@@ -44,6 +44,8 @@ TENSOR_AND_DATA = [
     Layout(dp=3, strategy="optim_grads", accumulation=2),
     Layout(dp=4, strategy="optim_grads_params", accumulation=3, normalization="RMSNorm"),
     Layout(tp=4, query_groups=2, positions="rope"),
+    Layout(tp=2, sp=True, overlap=True, dp=2, strategy="optim_grads_params", accumulation=2, swiglu=True),
+    Layout(tp=4, sp=True, overlap=True, query_groups=2, positions="rope"),
     Layout(tp=2, sp=True, dp=2, strategy="optim", accumulation=2),
     Layout(tp=2, sp=True, dp=2, strategy="optim_grads", accumulation=2, recompute="selective"),
     Layout(tp=2, dp=2, strategy="optim_grads_params", recompute="block", tied=False),
@@ -51,6 +53,7 @@ TENSOR_AND_DATA = [
 ]
 TENSOR_AND_DATA_IN_FULL = [
     Layout(tp=4, accumulation=2),
+    Layout(tp=4, sp=True, overlap=True, tied=False, compiled=True),
     Layout(dp=2, strategy="optim", accumulation=2, tied=False),
     Layout(dp=4, strategy="optim_grads", replicas=2, accumulation=3),
     Layout(dp=3, strategy="no_shard", accumulation=4, tied=False),
@@ -111,6 +114,7 @@ EXPERTS_IN_FULL = [
     Layout(moe="aux", dp=2, strategy="optim_grads_params", accumulation=2),  # experts whole on each rank
     Layout(moe="gated", tp=2, accumulation=2),  # no sequence parallelism: the layer splits the tokens itself
     Layout(moe="gated", tp=2, sp=True, etp=1, ep=2, accumulation=2, normalization="RMSNorm"),
+    Layout(moe="gated", tp=2, sp=True, overlap=True, accumulation=2),
     Layout(moe="sequence", tp=2, sp=True, ep=2, etp=1, dp=2, strategy="optim_grads_params", accumulation=3),
     Layout(moe="bias", tp=2, sp=True, ep=2, dp=2, strategy="optim_grads", accumulation=2, positions="rope"),
     Layout(moe="bias", tp=2, sp=True, etp=1, ep=4, dp=2, strategy="optim_grads_params", swiglu=True),  # tp2, ep4
@@ -226,6 +230,7 @@ FAMILIES_IN_FULL = [
     ),
     Layout(variant="latent", pp=2, schedule="zbv", layers=4, positions="rope", accumulation=3),
     Layout(variant="deepseek", tp=2, sp=True, cp=2, pp=2, positions="rope", accumulation=2),
+    Layout(variant="deepseek", tp=2, sp=True, overlap=True, pp=2, schedule="zbv", layers=4, positions="rope"),
     Layout(variant="deepseek", dp=2, strategy="optim_grads_params", positions="rope", recompute="uniform"),
     Layout(variant="deepseek", pp=4, stages="E|t|t|mL", positions="rope", accumulation=3),
     Layout(variant="deepseek", pp=2, schedule="dualpipev", layers=4, positions="rope", accumulation=3, tied=False),

@@ -17,6 +17,7 @@ STEPS = 4  # enough for biases, zero at first, to take part
 
 SEQUENCE_PARALLEL = Layout(tp=2, sp=True, normalization="RMSNorm")
 TENSOR_PARALLEL = Layout(tp=2)
+OVERLAPPED = Layout(tp=4, sp=True, overlap=True)
 DATA_PARALLEL = Layout(dp=2, strategy="optim_grads", accumulation=3)
 
 CONTEXT_PARALLEL = Layout(cp=2, positions="rope")
@@ -138,6 +139,10 @@ CASES = [
     ("replicas_counted_in_norm", SINKS, "grad_norm", "T26"),
     ("sinks_of_other_heads", Layout(variant="sinks", cp=2, comm="a2a", swiglu=True), "loss", ""),
     ("sinks_without_a_place", SINKS, "gradients", ""),
+    ("last_part_not_multiplied", OVERLAPPED, "loss", ""),
+    ("part_of_another_rank_added", OVERLAPPED, "loss", ""),
+    ("sums_one_rank_too_far", OVERLAPPED, "loss", ""),
+    ("gathered_gradient_of_one_rank", OVERLAPPED, "gradients", ""),
     ("gates_by_group", Layout(variant="gates", tp=4, query_groups=2, positions="rope"), "loss", ""),
 ]
 

@@ -493,7 +493,7 @@ def check_indivisible_sequence(rank: int, tp: int) -> None:
 
 @SIZES
 def test_sequence_that_cannot_be_split_is_refused(pool: WorkerPool, tp: int) -> None:
-    """T13. Mutation: remove _require_divisible (torch.chunk then gives parts of unequal size)."""
+    """T13. Mutation: remove require_divisible (torch.chunk then gives parts of unequal size)."""
     pool.run(check_indivisible_sequence, world_size=tp)
 
 

@@ -258,6 +258,18 @@ def test_llama3_example_in_fp8_with_scales_of_the_tensor_at_hand() -> None:
     assert any(one.startswith("--num-layers-at-end-in-bf16: without effect") for one in idle)
 
 
+def test_the_parts_of_tp_comm_overlap_are_explained() -> None:
+    """Mutation: take the switch itself for one without effect."""
+    words = "--tp-comm-overlap --no-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad --tp-comm-overlap-cfg a.yaml"
+    settings = read_settings(words.split())
+    assert not settings.problems
+    assert settings.values["tp_comm_overlap"][0] is True
+    one_switch, backward, tuning = settings.notices
+    assert one_switch.startswith("--no-tp-comm-overlap-rs: accepted without effect (--tp-comm-overlap is one switch")
+    assert backward.startswith("--tp-comm-overlap-rs-dgrad: accepted without effect (in a column layer's backward")
+    assert tuning.startswith("--tp-comm-overlap-cfg a.yaml: accepted without effect (--tp-comm-overlap works with")
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "mxfp8", "blockwise", "custom"])
 def test_recipes_that_are_not_there_are_refused_with_those_that_are(recipe: str) -> None:
     with pytest.raises(ConfigError, match=f"fp8_recipe is '{recipe}', but must be one of: tensorwise, rowwise"):

@@ -53,6 +53,16 @@ LATENT: dict[str, str | None] = {**ROPE, "multi_latent_attention": None}
 
 # world size, changed settings, and what the one sentence must hold: the value, the rule's number, the remedy
 CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
+    (
+        1,
+        {"tp_comm_overlap": None, "sequence_parallel": None},
+        ["tp_comm_overlap is set with tensor_model_parallel_size 1", "write --tensor-model-parallel-size above 1"],
+    ),
+    (
+        2,
+        {"tp_comm_overlap": None, "tensor_model_parallel_size": "2"},
+        ["tensor_model_parallel_size 2 and sequence_parallel False", "and --sequence-parallel, or leave it out"],
+    ),
     (1, {"fp8_format": "hybrid"}, ["fp8_format is hybrid without bf16", "add --bf16 (or --fp64"]),
     (1, {"fp8_format": "hybrid", "fp16": None}, ["fp8_format is hybrid without bf16", "add --bf16"]),
     (1, {"fp8_format": "e5m2", "bf16": None}, ["fp8 is 'e5m2'", "e4m3, hybrid"]),
@@ -150,6 +160,16 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
         1,
         {"transformer_impl": "transformer_engine", "fp64": None},
         ["fp64, which that package does not compute in", "write --transformer-impl auto or local"],
+    ),
+    (
+        2,
+        {
+            "transformer_impl": "transformer_engine",
+            "tp_comm_overlap": None,
+            "tensor_model_parallel_size": "2",
+            "sequence_parallel": None,
+        },
+        ["with tp_comm_overlap", "communicate by themselves", "leave out --tp-comm-overlap"],
     ),
     (1, {"fp16": None, "bf16": None}, ["--fp16 and --bf16", "one dtype", "keep one"]),
     (1, {"fp32_residual_connection": None}, ["fp32_residual_connection", "--bf16"]),
@@ -493,6 +513,15 @@ def test_a_config_made_by_hand_is_validated_too() -> None:
     with pytest.raises(ConfigError, match="num_layers is not given"):
         validate(run)
     run.transformer.num_layers = 2  # not frozen: it was not accepted
+
+
+def test_layers_in_fp8_do_not_overlap_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: say it of every run in fp8."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    split = {"tensor_model_parallel_size": "2", "sequence_parallel": None, "fp8_format": "e4m3", "bf16": None}
+    for overlap in ({}, {"tp_comm_overlap": None}):
+        said = parse_args(words(**split, **overlap)).notices
+        assert any("--tp-comm-overlap: layers in fp8" in notice for notice in said) == bool(overlap)
 
 
 def test_recomputation_that_frees_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
