@@ -120,7 +120,7 @@ def load(rank: int, world_size: int, layout: Layout, optimizer_name: str, fracti
         ("muon", SHARDED, 0.0, TENSOR, 0.5, False),
         ("sgd", TENSOR, 1.0, SHARDED.model, 0.0, True),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Layout) else str(value),
 )
 def test_a_checkpoint_changes_layout_with_one_side_on_the_host(
     pool: WorkerPool,

@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lite.arguments import parse_args
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, host_moments
 from megatron_lite.optimizer.host_moments import Moment, in_parts, names_on_host, through_device
+from megatron_lite.training.initialize import announce
 
+CPU = torch.device("cpu")
 SHAPES = {"embedding.word_embeddings.weight": (16, 12), "mlp.weight": (12, 8), "mlp.bias": (12,), "out.weight": (8, 12)}
 LOW = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -234,7 +236,28 @@ def test_no_order_that_streams_leave_open_changes_a_number(parts: int, monkeypat
         assert device.memories == 3
 
 
-def test_rules_and_words() -> None:
+def test_the_host_waits_before_it_reads_or_writes_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever saves or loads asks for the state first. Mutations: no wait; one in every step, or without the flag."""
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device.type))
+    host_moments.wait_for_moments(CPU)
+    assert waits == []
+    for fraction, expected in ((None, []), (0.0, []), (0.5, ["cuda"] * 2)):
+        optimizer = build(fraction)
+        optimizer.device = torch.device("cuda")  # the moments are where they are
+        with torch.no_grad():
+            optimizer._update_group(optimizer.param_groups[0], gradients_of(optimizer), None, torch.zeros(()))
+        assert waits == []
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert waits == expected
+        waits.clear()
+
+
+def gradients_of(optimizer: MegatronOptimizer) -> dict[str, Tensor]:
+    return {name: torch.ones_like(parameter) for name, parameter in optimizer.named_parameters.items()}
+
+
+def test_rules_and_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert OptimizerConfig(optimizer_offload_fraction=1.5).violations() == [
         "optimizer_offload_fraction is 1.5, but it must lie in [0, 1]; write 1 to keep all moments in the host's "
         "memory."
@@ -254,5 +277,11 @@ def test_rules_and_words() -> None:
             "--optimizer-cpu-offload: without effect, because it belongs to an optimizer with moments, and "
             "--optimizer-offload-fraction above 0."
         ]
+    announce(parse_args([*shape.split(), "--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5"]), CPU)
+    printed = capsys.readouterr().out
+    assert "torch fused adam, 50% of moments in the host's memory" in printed
+    assert "note: --optimizer-cpu-offload: frees nothing on a CPU, whose memory is the host's" in printed
+    announce(parse_args(shape.split()), CPU)
+    assert "host's memory" not in capsys.readouterr().out
     (line,) = said("--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads")
     assert line.startswith("--overlap-cpu-optimizer-d2h-h2d, --no-pin-cpu-grads: accepted without effect (")
