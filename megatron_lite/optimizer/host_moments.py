@@ -75,15 +75,13 @@ def through_device(
 
     Moments that are not the host's are handed over as they are.
     """
-    arriving = _Visit(parts[0], device) if parts else None
+    arriving = deque([_Visit(part, device) for part in parts[:1]])
     leaving: deque[_Visit] = deque()
-    for number, following in enumerate([*parts[1:], None]):
-        here, arriving = arriving, None
-        assert here is not None, "each part was sent for while the one before it was here"
+    for number in range(len(parts)):
         if len(leaving) == 2:
             leaving.popleft().wait()
-        if following is not None:
-            arriving = _Visit(following, device)
+        arriving.extend(_Visit(part, device) for part in parts[number + 1 : number + 2])
+        here = arriving.popleft()
         here.wait()
         update(number, here.moments)
         here.leave()
