@@ -37,6 +37,7 @@ MODELS = {"dense": ((), "mlp"), "8 experts, 2 active": (EXPERTS, "moe_act")}
 SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 OFFLOADED = ("--cpu-offloading-num-layers", "6")
+HOST_MOMENTS = ("--optimizer-cpu-offload",)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Row:
 
 
 def ways(module: str, on_gpu: bool) -> dict[str, tuple[str, ...]]:
-    """What can be done with activations; on a CPU the host is where they are."""
+    """What can be done with activations, and moments; on a CPU the host is where they are."""
     found = {"kept": (), f"{module} recomputed": (*SELECTIVE, module), "layers recomputed": FULL}
-    return found | {"6 of 8 layers on the host": OFFLOADED} if on_gpu else found
+    on_host = {"6 of 8 layers on the host": OFFLOADED, "kept, moments on the host": HOST_MOMENTS}
+    return found | on_host if on_gpu else found
 
 
 def measured_peak(config: RunConfig) -> int:

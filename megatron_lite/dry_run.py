@@ -264,6 +264,8 @@ def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:
         yield f"{name:<28} {size / unit:>10.3f} {name_of_unit}"
     if memory.on_host:
         yield f"{'activations on the host':<28} {memory.on_host / unit:>10.3f} {name_of_unit}"
+    if memory.moments_on_host:
+        yield f"{'optimizer state on the host':<28} {memory.moments_on_host / unit:>10.3f} {name_of_unit}"
     yield "Not counted: temporary buffers, the loss of one chunk of tokens, the allocator's fragmentation."
 
 

@@ -80,6 +80,7 @@ class Memory:
 
     Attributes:
         on_host: activations that wait in the host's memory (--cpu-offloading-num-layers).
+        moments_on_host: optimizer state that the host keeps (--optimizer-cpu-offload).
     """
 
     master_weights: int
@@ -88,6 +89,7 @@ class Memory:
     optimizer_state: int
     activations: int
     on_host: int = 0
+    moments_on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -110,7 +112,9 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
     Under optim, gradients of several micro-batches also wait whole for their one reduction. A rank that shares its part
     with none (data and context parallel, or expert data parallel) reduces nothing, and has a second copy of the weights
     only if it computes in another dtype than the masters': then one of all of them, made in the forward pass. Under
-    pipelining weights stay gathered and gradients whole during a step, whatever the strategy.
+    pipelining weights stay gathered and gradients whole during a step, whatever the strategy. The host keeps the
+    fraction of moments that is asked for; it may be a parameter more. What of them is on the device during the update
+    is not counted: activations are gone by then.
     """
     main = run.transformer.main_params_dtype.itemsize
     reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
@@ -122,13 +126,16 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
     several = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
     waits_whole = several or (_pipelined(run) and run.ddp.data_parallel_sharding_strategy != "no_shard")
     waiting = sum(part.shard for part, ranks in parts if waits_whole and ranks > 1)
+    moments = _optimizer_state(run, size)
+    moments_on_host = round(moments * run.optimizer.host_fraction)
     return Memory(
         master_weights=size.stored * main,
         compute_weights=gathered * run.transformer.params_dtype.itemsize,
         gradients=size.stored * main + waiting * reduce,
-        optimizer_state=_optimizer_state(run, size),
+        optimizer_state=moments - moments_on_host,
         activations=activation_bytes(run) if activations is None else activations,
         on_host=offloaded_bytes(run),
+        moments_on_host=moments_on_host,
     )
 
 

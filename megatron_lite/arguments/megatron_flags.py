@@ -64,7 +64,10 @@ NO_EFFECT: dict[str, str] = {
     """,
     "tuning of a memory or launch cost that this framework does not have": """
         --cpu-offloading-retain-pinned-cpu-buffers --cuda-graph-warmup-steps= --min-offloaded-tensor-size=
-        --train-sync-interval= --no-pin-cpu-grads --no-pin-cpu-params
+        --train-sync-interval=
+    """,
+    "--optimizer-cpu-offload moves moments alone, by copies that overlap; torch's kernel on the device updates": """
+        --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params
     """,
     "attention uses the best backend present; choose one with --attention-backend": """
         --flash-attention-version= --use-flash-attn
@@ -212,7 +215,7 @@ REFUSED: dict[str, str] = {
     """,
     "CUDA graphs are not implemented; --compile is": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-impl=none --cuda-graph-scope=* --cuda-graph-modules=*
-        --moe-pad-experts-for-cuda-graph-inference
+        --moe-pad-experts-for-cuda-graph-inference --optimizer-cuda-graph
     """,
     "serving is not part of training; see tools/generate.py": """
         --inference-cuda-graph-scope= --flash-decode --nccl-all-reduce-for-prefill --inference-fuse-tp-communication
@@ -256,10 +259,6 @@ REFUSED: dict[str, str] = {
     """,
     "it was withdrawn from Megatron-LM: write --recompute-granularity full": """
         --checkpoint-activations
-    """,
-    "the optimizer's state stays on the device": """
-        --optimizer-cpu-offload --optimizer-cuda-graph --optimizer-offload-fraction=0|0.0|1.0
-        --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d
     """,
     "every data parallel replica starts from the same weights": """
         --data-parallel-random-init

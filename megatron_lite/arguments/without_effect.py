@@ -142,6 +142,16 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
             "muon_scalar_optimizer",
         ),
     ),
+    (
+        "--optimizer-cpu-offload",
+        lambda run: run.optimizer.optimizer_cpu_offload,
+        ("optimizer_offload_fraction",),
+    ),
+    (
+        "an optimizer with moments, and --optimizer-offload-fraction above 0",
+        lambda run: run.optimizer.has_moments and run.optimizer.optimizer_offload_fraction > 0,
+        ("optimizer_cpu_offload",),
+    ),
     ("--decoupled-lr", lambda run: run.optimizer.decoupled_lr is not None, ("decoupled_min_lr",)),
     (
         "--fp16 without --loss-scale",

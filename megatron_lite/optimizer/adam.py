@@ -1,63 +1,60 @@
-"""AdamW by torch's fused kernel, also with moments that are stored in fewer bits than they are computed in."""
+"""AdamW by torch's fused kernel, with moments stored in fewer bits than they are computed in, or elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# Elements whose moments are in full precision at a time.
-_AT_A_TIME = 2**24
+from megatron_lite.optimizer.host_moments import Moment, in_parts, through_device
 
 
-def fused_adamw(shards: list[Tensor], gradients: list[Tensor], states: Sequence[dict[str, Tensor]], **how: Any) -> None:
+def fused_adamw(
+    shards: list[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    on_host: Sequence[bool],
+    **how: Any,
+) -> None:
     """One step of AdamW (Loshchilov and Hutter, 2019) in place.
 
-    The fused kernel wants moments in the dtype of the parameters. Others are converted, some parameters at a time, and
-    rounded back to nearest; where a step is skipped that gives the same bits again.
+    The fused kernel wants moments on the device and in the dtype of the parameters. Others are copied, some parameters
+    at a time, and rounded back to nearest; where a step is skipped that gives the same bits again.
 
     Args:
         shards: of parameters.
         gradients: of their dtype.
         states: for each `exp_avg`, `exp_avg_sq` and `step`.
+        on_host: for each whether the host keeps its moments.
         how: arguments of torch.optim.adamw.adamw (lr, beta1, found_inf, ...).
     """
-    for part in _parts(shards, states):
-        _step([shards[i] for i in part], [gradients[i] for i in part], [states[i] for i in part], **how)
+    kept = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+    converted = [{one.dtype for one in both} != {shard.dtype} for both, shard in zip(kept, shards, strict=True)]
+    copied = [any(either) for either in zip(converted, on_host, strict=True)]
+    parts = in_parts([shard.numel() for shard in shards], copied)
 
+    def update(number: int, moments: list[Tensor]) -> None:
+        part = parts[number]
+        steps = [states[i]["step"] for i in part]
+        _step([shards[i] for i in part], [gradients[i] for i in part], moments[::2], moments[1::2], steps, **how)
 
-def _step(shards: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], **how: Any) -> None:
-    stored = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")]
-    moments = [[one.to(shard.dtype) for one, shard in zip(kept, shards, strict=True)] for kept in stored]
-    means, squares = moments
-    adamw(
-        shards,
-        gradients,
-        means,
-        squares,
-        [],
-        [state["step"] for state in states],
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        **how,
+    through_device(
+        [[Moment(one, on_host[i]) for i in part for one in kept[i]] for part in parts], shards[0].device, update
     )
-    for kept, computed in zip(chain(*stored), chain(*moments), strict=True):
-        if kept is not computed:
-            kept.copy_(computed)
 
 
-def _parts(shards: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> Iterator[list[int]]:
-    """Places in the lists: all at once if nothing is converted, else as many as make `_AT_A_TIME` elements."""
-    part: list[int] = []
-    elements = 0
-    for place, (shard, state) in enumerate(zip(shards, states, strict=True)):
-        converted = {state["exp_avg"].dtype, state["exp_avg_sq"].dtype} != {shard.dtype}
-        if part and converted and elements + shard.numel() > _AT_A_TIME:
-            yield part
-            part, elements = [], 0
-        part.append(place)
-        elements += shard.numel()
-    if part:
-        yield part
+def _step(
+    shards: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    **how: Any,
+) -> None:
+    exp_avgs = [mean.to(shard.dtype) for mean, shard in zip(means, shards, strict=True)]
+    exp_avg_sqs = [square.to(shard.dtype) for square, shard in zip(squares, shards, strict=True)]
+    adamw(shards, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False, **how)
+    for kept, one in zip(chain(means, squares), chain(exp_avgs, exp_avg_sqs), strict=True):
+        if kept is not one:
+            kept.copy_(one)

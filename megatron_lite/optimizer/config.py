@@ -50,6 +50,13 @@ class OptimizerConfig(Validated):
     exp_avg_dtype: str = knob("fp32", "How Adam's mean of gradients is stored.", choices=MOMENT_DTYPES)
     exp_avg_sq_dtype: str = knob("fp32", "How Adam's mean of squared gradients is stored.", choices=MOMENT_DTYPES)
     sgd_momentum: float = knob(0.9, "Momentum of SGD; 0 keeps no buffer.")
+    optimizer_cpu_offload: bool = knob(
+        False, "Keep moments in the host's memory; they travel through the device for each update."
+    )
+    optimizer_offload_fraction: float = knob(
+        1.0,
+        "With --optimizer-cpu-offload: part of a rank's elements whose moments are kept there, by whole parameters.",
+    )
 
     muon_momentum: float = knob(0.9, "Decay of Muon's mean of gradients.")
     muon_nesterov: bool = knob(False, "Muon orthogonalizes the mean mixed once more with the gradient.")
@@ -89,6 +96,16 @@ class OptimizerConfig(Validated):
         if self.no_weight_decay_cond_type == "apply_wd_to_qk_layernorm":
             self.apply_wd_to_qk_layernorm = True
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer keeps anything for each element of the parameters."""
+        return self.optimizer != "sgd" or self.sgd_momentum > 0.0
+
+    @property
+    def host_fraction(self) -> float:
+        """Of elements, by whole parameters, whose moments the host keeps."""
+        return self.optimizer_offload_fraction if self.optimizer_cpu_offload and self.has_moments else 0.0
+
     def violations(self) -> list[str]:
         """Every rule these settings break, one sentence each."""
         found = super().violations()
@@ -118,6 +135,11 @@ class OptimizerConfig(Validated):
                         f"{name} is {getattr(self, name)}, but without --use-precision-aware-optimizer it must be "
                         "fp32; add that flag."
                     )
+        if not 0.0 <= self.optimizer_offload_fraction <= 1.0:
+            found.append(
+                f"optimizer_offload_fraction is {self.optimizer_offload_fraction}, but it must lie in [0, 1]; write 1 "
+                "to keep all moments in the host's memory."
+            )
         if self.muon_tp_mode == "blockwise":
             found.append(
                 "muon_tp_mode is blockwise, which orthogonalizes each rank's part of a matrix by itself, so that the "

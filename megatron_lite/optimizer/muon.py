@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.optimizer.config import OptimizerConfig
+from megatron_lite.optimizer.host_moments import Moment, through_device
 from megatron_lite.optimizer.newton_schulz import orthogonalized
 from megatron_lite.optimizer.whole_matrices import Split, in_rounds, work_on_whole
 from megatron_lite.tensor_parallel.parameters import local
@@ -32,6 +33,7 @@ class Matrix:
         momentum: this rank's shard.
         splits: how it is split, from `matrix_splits`.
         row_blocks: see ParameterSpec.
+        on_host: whether the host keeps the momentum.
     """
 
     parameter: Tensor
@@ -39,6 +41,7 @@ class Matrix:
     momentum: Tensor
     splits: tuple[Split, ...] = ()
     row_blocks: tuple[int, ...] | None = None
+    on_host: bool = False
 
 
 def muon(
@@ -65,8 +68,13 @@ def muon(
     skip = found_inf > 0
     splits = {name: matrix.splits for name, matrix in matrices.items()}
     sizes = {name: matrix.parameter.numel() for name, matrix in matrices.items()}
-    for names in in_rounds(splits, sizes):
-        updates = {name: _momentum(matrices[name], config, divisor, skip) for name in names}
+    rounds = list(in_rounds(splits, sizes))
+
+    def step(number: int, momenta: list[Tensor]) -> None:
+        updates = {
+            name: _update(matrices[name].gradient, momentum, config, divisor, skip)
+            for name, momentum in zip(rounds[number], momenta, strict=True)
+        }
         done = work_on_whole(
             updates, splits, lambda name, whole: orthogonalized(whole, config, matrices[name].row_blocks)
         )
@@ -75,10 +83,15 @@ def muon(
             moved = weight * (1.0 - lr * weight_decay) - lr * update
             weight.copy_(torch.where(skip, weight, moved))
 
+    kept = [[Moment(matrices[name].momentum, matrices[name].on_host) for name in names] for names in rounds]
+    through_device(kept, found_inf.device, step)
 
-def _momentum(matrix: Matrix, config: OptimizerConfig, divisor: Tensor | None, skip: Tensor) -> Tensor:
+
+def _update(
+    gradient: Tensor, momentum: Tensor, config: OptimizerConfig, divisor: Tensor | None, skip: Tensor
+) -> Tensor:
     """Bring the momentum up to date; what will be orthogonalized."""
-    gradient = matrix.gradient if divisor is None else matrix.gradient.div_(divisor)
-    momentum = matrix.momentum.lerp(gradient, 1.0 - config.muon_momentum)
-    matrix.momentum.copy_(torch.where(skip, matrix.momentum, momentum))
-    return gradient.lerp(momentum, config.muon_momentum) if config.muon_nesterov else momentum
+    gradient = gradient if divisor is None else gradient.div_(divisor)
+    new = momentum.lerp(gradient, 1.0 - config.muon_momentum)
+    momentum.copy_(torch.where(skip, momentum, new))
+    return gradient.lerp(new, config.muon_momentum) if config.muon_nesterov else new

@@ -2,7 +2,8 @@
 
 Each rank updates the shard it holds. Moments, step counters and loss scale are presented under names of the model
 (`optimizer.state.<parameter>.exp_avg`), as DTensors laid out like their parameter, so that torch.distributed.checkpoint
-restores them at another layout.
+restores them at another layout. Where the host keeps a moment, it is such a DTensor too, with its shard in the host's
+memory, so that a checkpoint does not depend on it.
 """
 
 import dataclasses
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.optim.sgd import sgd
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
@@ -23,8 +22,10 @@ from megatron_lite.optimizer.adam import fused_adamw
 from megatron_lite.optimizer.clip_grads import counts_here, global_grad_statistics
 from megatron_lite.optimizer.config import OptimizerConfig, moment_dtype
 from megatron_lite.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron_lite.optimizer.host_moments import names_on_host, wait_for_moments
 from megatron_lite.optimizer.muon import Matrix, muon
 from megatron_lite.optimizer.param_groups import get_param_groups
+from megatron_lite.optimizer.sgd import fused_sgd
 from megatron_lite.optimizer.whole_matrices import matrix_splits
 from megatron_lite.tensor_parallel.parameters import ParameterSpec, local, named_parameter_specs
 
@@ -93,22 +94,29 @@ class MegatronOptimizer:
             if group["optimizer"] == "muon"
             for name, parameter in zip(group["names"], group["params"], strict=True)
         }
-        self.state = {
-            name: self._initial_state(group["optimizer"], shards[name])
+        elements = {name: shard.numel() for name, shard in shards.items()}
+        self._on_host = names_on_host(elements, config.host_fraction)
+        self._laid_out = {
+            name: self._initial_state(group["optimizer"], name)
             for group in self.param_groups
             for name in group["names"]
         }
+        self.state = {name: {key: local(one) for key, one in state.items()} for name, state in self._laid_out.items()}
 
-    def _initial_state(self, optimizer: str, shard: Tensor) -> dict[str, Tensor]:
-        """Zeros from the start, so that a fresh optimizer can be loaded into."""
-        if optimizer == "sgd" and not self.config.sgd_momentum:
+    def _initial_state(self, optimizer: str, name: str) -> dict[str, Tensor]:
+        """Laid out like the parameter. Zeros from the start, so that a fresh optimizer can be loaded into."""
+        config, parameter, on_host = self.config, self.named_parameters[name], name in self._on_host
+        if not config.has_moments:
             return {}
         if optimizer in ("sgd", "muon"):
-            return {"momentum_buffer": torch.zeros_like(shard)}
+            return {"momentum_buffer": zeros_like_parameter(parameter, parameter.dtype, on_host)}
+        mean, square = (
+            moment_dtype(dtype, parameter.dtype) for dtype in (config.exp_avg_dtype, config.exp_avg_sq_dtype)
+        )
         return {
-            "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-            "exp_avg": torch.zeros_like(shard, dtype=moment_dtype(self.config.exp_avg_dtype, shard.dtype)),
-            "exp_avg_sq": torch.zeros_like(shard, dtype=moment_dtype(self.config.exp_avg_sq_dtype, shard.dtype)),
+            "step": torch.zeros((), dtype=torch.float32, device=self.device),
+            "exp_avg": zeros_like_parameter(parameter, mean, on_host),
+            "exp_avg_sq": zeros_like_parameter(parameter, square, on_host),
         }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -180,7 +188,13 @@ class MegatronOptimizer:
             return
         if group["optimizer"] == "muon":
             matrices = {
-                name: Matrix(parameter, gradients[name], self.state[name]["momentum_buffer"], *self._matrices[name])
+                name: Matrix(
+                    parameter,
+                    gradients[name],
+                    self.state[name]["momentum_buffer"],
+                    *self._matrices[name],
+                    on_host=name in self._on_host,
+                )
                 for name, parameter in members
             }
             how = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
@@ -195,49 +209,35 @@ class MegatronOptimizer:
             torch._foreach_div_(grads, divisor)
             grad_scale = None
         states = [self.state[name] for name, _ in members]
+        on_host = [name in self._on_host for name, _ in members]
         config = self.config
+        how = {
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+        }
         if group["optimizer"] == "sgd":
-            sgd(
-                shards,
-                grads,
-                [state.get("momentum_buffer") for state in states],
-                fused=True,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                momentum=config.sgd_momentum,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-            )
+            momenta = [state["momentum_buffer"] for state in states if state]
+            fused_sgd(shards, grads, momenta, on_host, momentum=config.sgd_momentum, **how)
             return
-        fused_adamw(
-            shards,
-            grads,
-            states,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            eps=config.adam_eps,
-        )
+        constants = {"beta1": config.adam_beta1, "beta2": config.adam_beta2, "eps": config.adam_eps}
+        fused_adamw(shards, grads, states, on_host, **constants, **how)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counters and loss scale by name: views of the living state, to save or to load into.
 
-        The state of a copy (ParameterSpec.copy_of) has the name of the original, once if this rank has both.
+        The host waits here for the moments it keeps, so ask anew after each step. The state of a copy
+        (ParameterSpec.copy_of) has the name of the original, once if this rank has both.
         """
+        if self._on_host:
+            wait_for_moments(self.device)
         state: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters.items():
+        for name in self.named_parameters:
             original = self._copies.get(name, name)
             if original != name and original in self.named_parameters:
                 continue
-            for key, value in self.state[name].items():
-                shaped = value if key == "step" else like_parameter(value, parameter)
-                state[f"optimizer.state.{original}.{key}"] = shaped
+            state.update({f"optimizer.state.{original}.{key}": one for key, one in self._laid_out[name].items()})
         if self.grad_scaler is not None:
             state.update({f"optimizer.grad_scaler.{k}": v for k, v in self.grad_scaler.state_dict().items()})
         return state
@@ -266,18 +266,14 @@ class MegatronOptimizer:
                 self.state[name][key].copy_(value)
 
 
-def like_parameter(shard: Tensor, parameter: Tensor) -> Tensor:
-    """`shard` as a DTensor with the mesh, placements and global shape of `parameter`, sharing its storage."""
-    if not isinstance(parameter, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+def zeros_like_parameter(parameter: Tensor, dtype: torch.dtype, on_host: bool) -> Tensor:
+    """A DTensor with the mesh, placements and global shape of `parameter`, or a plain tensor like it.
+
+    Where the host keeps it, this rank's shard is in the host's memory, pinned if the parameter is on a GPU.
+    """
+    if not on_host:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
+    return torch.zeros_like(parameter.detach(), dtype=dtype, device="cpu", pin_memory=parameter.is_cuda)
 
 
 def _build_grad_scaler(config: OptimizerConfig, device: torch.device) -> ConstantGradScaler | None:

@@ -129,12 +129,14 @@ def _choose_deterministic_kernels() -> None:
 
 def _optimizer(config: OptimizerConfig) -> str:
     """What updates the weights, for the line at start-up."""
+    host = f", {config.host_fraction:.0%} of moments in the host's memory" if config.host_fraction else ""
     if config.optimizer == "muon":
-        return f"muon ({config.muon_coefficient_type}, {config.muon_num_ns_steps} steps), the rest torch fused adam"
+        steps = f"{config.muon_coefficient_type}, {config.muon_num_ns_steps} steps"
+        return f"muon ({steps}), the rest torch fused adam{host}"
     stored = ""
     if config.use_precision_aware_optimizer:
         stored = f" (moments stored in {config.exp_avg_dtype} and {config.exp_avg_sq_dtype})"
-    return f"torch fused {config.optimizer}{stored}"
+    return f"torch fused {config.optimizer}{stored}{host}"
 
 
 def _grouped_products(sizes: TransformerConfig, device: torch.device) -> str:
@@ -191,3 +193,7 @@ def announce(config: RunConfig, device: torch.device) -> None:
     )
     for notice in config.notices:
         print_rank_0(f"note: {notice}")
+    if config.optimizer.host_fraction and device.type == "cpu":
+        print_rank_0(
+            "note: --optimizer-cpu-offload: frees nothing on a CPU, whose memory is the host's; moments are copied."
+        )

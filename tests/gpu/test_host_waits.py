@@ -24,6 +24,7 @@ pytestmark = [
 ]
 CASES = STEPS | {
     "sgd": "--optimizer sgd --bf16",
+    "momentum on the host": "--optimizer sgd --optimizer-cpu-offload",
     "compiled": "--compile --bf16",
     "documents, compiled": "--compile --bf16 --dataloader-inter-document-masking",
     "activations on the host": "--bf16 --cpu-offloading-num-layers 1 --hidden-dropout 0.1",

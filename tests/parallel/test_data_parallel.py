@@ -420,7 +420,11 @@ def decay_by_local_shard():
 
 
 def local_moments():
-    return mock.patch.object(optimizer_module, "like_parameter", lambda shard, parameter: shard)
+    return mock.patch.object(
+        optimizer_module,
+        "zeros_like_parameter",
+        lambda parameter, dtype, on_host: torch.zeros_like(local(parameter.detach()), dtype=dtype),
+    )
 
 
 BROKEN = {

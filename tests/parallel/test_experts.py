@@ -468,7 +468,11 @@ def empty_experts_skipped():
 
 
 def saved_as_local():
-    return mock.patch.object(optimizer_module, "like_parameter", lambda shard, parameter: shard)
+    return mock.patch.object(
+        optimizer_module,
+        "zeros_like_parameter",
+        lambda parameter, dtype, on_host: torch.zeros_like(local(parameter.detach()), dtype=dtype),
+    )
 
 
 BROKEN = {

@@ -336,6 +336,25 @@ def test_muons_matrices_are_counted() -> None:
     assert f"optimizer state (muon) {(4 * matrices + 8 * rest) / 2**20:>16.3f} MiB" in report
 
 
+@pytest.mark.parametrize(("words", "each"), [([], 8), (["--optimizer", "sgd"], 4)])
+def test_moments_on_the_host(words: list[str], each: int) -> None:
+    """They move from one line of the table to another. Mutations: all of them whatever the fraction; none."""
+    size = ModelSize(total=1000, active=1000, padding=0, dense=Part(1000, 1000, 0, 0))
+    plain = memory_of(run_of("quickstart", 1, *words), size)
+    assert (plain.optimizer_state, plain.moments_on_host) == (1000 * each, 0)
+    for fraction in (1.0, 0.25):
+        host = ["--optimizer-cpu-offload", "--optimizer-offload-fraction", str(fraction)]
+        memory = memory_of(run_of("quickstart", 1, *words, *host), size)
+        assert (memory.optimizer_state, memory.moments_on_host) == (
+            1000 * each * (1 - fraction),
+            1000 * each * fraction,
+        )
+        assert memory.total == plain.total - memory.moments_on_host
+    assert "optimizer state on the host" in describe(run_of("quickstart", 1, *words, "--optimizer-cpu-offload"))
+    assert "on the host" not in describe(run_of("quickstart", 1, *words))
+    assert memory_of(run_of("quickstart", 1, "--optimizer-offload-fraction", "0.5"), size).moments_on_host == 0
+
+
 def test_activations_by_the_formula() -> None:
     plain = activation_bytes(run_of("quickstart", 1))
     # 8 x 256 tokens, 4 layers, float32: 4 h + (8 + 8 + 8 + 8, 8 + 8 rotated) heads x 32 + 3 f
