@@ -18,22 +18,23 @@ step() { printf '\n\033[1m[%s/6] %s\033[0m\n' "$1" "$2"; }
 step 1 "Environment"
 ensure_environment dev
 mkdir -p "$RUN"
+read -r GPUS CORES TORCH < <(python -c 'import os, torch
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+print(torch.cuda.device_count(), cores, torch.__version__)')
 # Two-way tensor parallelism without a GPU, all GPUs where there are some.
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 RANKS=$((GPUS > 0 ? GPUS : 2))
 TENSOR_PARALLEL=$((GPUS > 0 ? (GPUS % 2 == 0 ? 2 : 1) : 2))
 # Each data parallel rank takes micro-batches of 8 sequences (configs/quickstart.yaml); at least 16 a step.
 DATA_PARALLEL=$((RANKS / TENSOR_PARALLEL))
 GLOBAL_BATCH=$((DATA_PARALLEL > 2 ? DATA_PARALLEL * 8 : 16))
 # Without this torchrun gives each process one thread, and says so at length.
-CORES=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))}"
 # bfloat16 where it is multiplied natively: on GPUs and on newer CPUs.
 PRECISION=()
 if [ "$GPUS" -gt 0 ] || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
     PRECISION=(--bf16)
 fi
-echo "torch $(python -c 'import torch; print(torch.__version__)'), $RANKS processes, tensor parallel $TENSOR_PARALLEL, results in $RUN"
+echo "torch $TORCH, $RANKS processes, tensor parallel $TENSOR_PARALLEL, results in $RUN"
 
 step 2 "Corpus: the Python standard library"
 [ -s "$RUN/corpus.jsonl" ] || python tools/make_python_corpus.py --output "$RUN/corpus.jsonl"

@@ -20,6 +20,7 @@ def balance(path) -> dict[int, list[float]]:
     return {entry["iteration"]: [entry[name] for name in BALANCE] for entry in entries if "moe_balance" in entry}
 
 
+@pytest.mark.full
 def test_experts_train_resume_and_reshard(tmp_path):
     """EP 2: the loss falls, balance is reported, a resumed run is equal bit for bit. EP 2 -> 1 -> 4: equal in float64.
 

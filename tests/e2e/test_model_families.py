@@ -42,6 +42,7 @@ def test_a_small_deepseek_in_stages_resumes_bit_for_bit(tmp_path):
     assert found == wanted[4:]
 
 
+@pytest.mark.full
 def test_sinks_windows_and_gates_train_resume_and_move(tmp_path):
     """TP 2 x CP 2 by all-to-all, then one process: equal in float64. Mutation: sinks left out of the checkpoint."""
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"]

@@ -42,19 +42,20 @@ def train_and_move(
 
 
 def test_stages_train_resume_and_move(tmp_path):
-    """PP 2 x TP 2, then one process, then four chunks in a V on two ranks with FSDP: equal in float64.
+    """PP 2 x TP 2, then four chunks in a V on two ranks with FSDP: equal in float64.
 
     Tied embeddings, eight micro-batches, evaluation on the way. Mutations:
     after loading, leave the copy of the embeddings as it was initialized (in the V), or the moments of the copy.
     """
     layout = ["--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"]
     v_shaped = ["--pipeline-model-parallel-size", "2", "--pipeline-schedule", "zbv", "--use-torch-fsdp2"]
-    output = train_and_move(tmp_path, DENSE, layout, {"one": (1, []), "v": (4, v_shaped)})
+    output = train_and_move(tmp_path, DENSE, layout, {"v": (4, v_shaped)})
     assert "tensor 2 with sequence x pipeline 2 (1f1b) x data 1" in output
     assert "pipeline rank 1: stage 1 (layers 3 to 4, loss)" in output
     assert "2-way pipeline parallel" in output
 
 
+@pytest.mark.full
 def test_dropout_goes_on_in_every_stage(tmp_path):
     """A V on two ranks, with both dropouts: resumed, bit for bit. Another schedule draws in another order, and says so.
 

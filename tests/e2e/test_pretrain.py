@@ -43,7 +43,10 @@ def test_four_ranks_equal_one_process(tmp_path):
     assert one[-1][1] < one[0][1]
 
 
-@pytest.mark.parametrize("how", ["", "--async-save"], ids=["save", "async save"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("", id="save"), pytest.param("--async-save", id="async save", marks=pytest.mark.full)],
+)
 def test_killed_runs_resume_bit_for_bit(tmp_path, request, how):
     """SIGKILLs at random moments, saves included; with dropout, so that every random stream has to continue.
 

@@ -98,17 +98,17 @@ CONTEXT_IN_FULL = [
 EXPERTS = [
     Layout(moe="aux", accumulation=3),
     Layout(moe="aux", ep=2, dp=2, accumulation=3, tied=False),
-    Layout(moe="aux", ep=2, dp=2, accumulation=3, dispatcher="allgather", strategy="optim_grads_params"),
     Layout(moe="gated", tp=2, sp=True, accumulation=2, swiglu=True, tied=False),
     Layout(moe="gated", tp=2, etp=1, accumulation=2),
     Layout(moe="sequence", tp=2, ep=2, dp=2, accumulation=3, dispatcher="allgather", swiglu=True),
-    Layout(moe="bias", etp=2, ep=2, dp=4, accumulation=3, strategy="optim_grads_params"),  # tp1, etp2, ep2
     Layout(moe="aux", tp=4, etp=1, ep=2, accumulation=2),  # copies of experts where dense parameters have none
     Layout(moe="aux", cp=2, ep=2, accumulation=3, query_groups=2),
     Layout(moe="global", ep=2, dp=2, accumulation=3, strategy="optim_grads_params"),
     Layout(moe="bias", tp=2, sp=True, ep=2, etp=1, accumulation=2, recompute="selective"),
 ]
 EXPERTS_IN_FULL = [
+    Layout(moe="aux", ep=2, dp=2, accumulation=3, dispatcher="allgather", strategy="optim_grads_params"),
+    Layout(moe="bias", etp=2, ep=2, dp=4, accumulation=3, strategy="optim_grads_params"),  # tp1, etp2, ep2
     Layout(moe="aux", ep=2, dp=4, strategy="optim_grads", accumulation=3),
     Layout(moe="aux", ep=4, dp=4, accumulation=3, strategy="optim"),
     Layout(moe="aux", dp=2, strategy="optim_grads_params", accumulation=2),  # experts whole on each rank
@@ -211,15 +211,15 @@ FAMILIES = [
     Layout(variant="further", pp=2, positions="rope", accumulation=3),
     Layout(variant="further", tp=2, sp=True, cp=2, positions="none", swiglu=True, tied=False),
     Layout(variant="deepseek", moe="bias", tp=2, sp=True, ep=2, etp=1, positions="rope", accumulation=2, swiglu=True),
-    Layout(
-        variant="deepseek", moe="bias", pp=2, ep=2, dp=2, schedule="zbv", layers=4, positions="rope", accumulation=2
-    ),
     Layout(variant="sinks", tp=2, sp=True, cp=2, swiglu=True, accumulation=2),
     Layout(variant="windows", cp=2, comm="a2a", query_groups=2, documents=True),
     Layout(variant="gates", tp=4, query_groups=2, positions="rope"),
     Layout(variant="off_by_one", dp=2, strategy="optim_grads_params", accumulation=2),
 ]
 FAMILIES_IN_FULL = [
+    Layout(
+        variant="deepseek", moe="bias", pp=2, ep=2, dp=2, schedule="zbv", layers=4, positions="rope", accumulation=2
+    ),
     Layout(variant="latent", accumulation=2, positions="yarn"),
     Layout(variant="latent", tp=2, positions="rope", dp=2, strategy="optim_grads", query_groups=8),
     Layout(variant="latent_keys", tp=2, sp=True, positions="rope", recompute="selective", tied=False),

@@ -432,7 +432,7 @@ def test_idle_settings_of_context_parallelism_are_named(monkeypatch: pytest.Monk
     assert "--cp-comm-type a2a+p2p" in said.notices[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(length=st.integers(1, 300), cp=st.integers(1, 5), tp=st.sampled_from([1, 2, 4]), sp=st.booleans())
 def test_lengths_are_refused_or_fit(length: int, cp: int, tp: int, sp: bool) -> None:
     """Every length that passes can be cut for CP and SP, padded if asked; those named in a refusal pass."""

@@ -11,7 +11,7 @@ from pretrain_gpt import pretrain
 SMALL = [
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "32", "--swiglu"),
     *("--vocab-size", "64", "--micro-batch-size", "4", "--tokenizer-type", "NullTokenizer", "--lr", "3e-3"),
-    *("--num-workers", "0", "--mock-data", "--train-iters", "25", "--eval-iters", "0", "--bf16"),
+    *("--num-workers", "0", "--mock-data", "--train-iters", "15", "--eval-iters", "0", "--bf16"),
 ]
 
 

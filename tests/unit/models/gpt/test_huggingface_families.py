@@ -35,7 +35,11 @@ LONG = 80  # longer than every window, and than every original context of YaRN h
 Positions = tuple[dict[str, Any], dict[str, Any]]  # in their words and in ours
 
 PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["fp32", "fp64"]
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float32, 1e-5, id="fp32", marks=pytest.mark.full),
+        pytest.param(torch.float64, 1e-9, id="fp64"),
+    ],
 )
 
 
