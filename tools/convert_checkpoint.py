@@ -155,6 +155,7 @@ def architecture_to_export(settings: dict[str, Any], folder: Path, tokenizer: To
         "expert_tensor_parallel_size": None,
         "sequence_parallel": False,
         "tp_comm_overlap": False,
+        "transformer_impl": "auto",
         "cp_comm_type": None,
         "hierarchical_context_parallel_sizes": None,
     }

@@ -68,10 +68,10 @@ def durations_of(run: RunConfig) -> Durations:
     """What actions are assumed to take, in forward passes.
 
     The gradients of activations and of weights one each, a full recomputation one more; where both gradients are
-    computed together (compiled or recomputed layers), nothing is left for the second.
+    computed together (compiled layers, or for the reasons of `gradients_together`), nothing is left for the second.
     """
     sizes = run.transformer
-    together = run.training.compile or sizes.recompute_granularity is not None
+    together = bool(run.training.compile) or sizes.gradients_together is not None
     again = float(sizes.recompute_granularity == "full")
     return Durations(
         backward_input=1.0 + together + again,

@@ -97,7 +97,9 @@ def _settle(run: RunConfig) -> list[str]:
     notices = []
     if run.transformer.sequence_parallel and run.transformer.tensor_model_parallel_size == 1:
         run.transformer.sequence_parallel = False
-        notices.append("--sequence-parallel: switched off, because tensor_model_parallel_size is 1.")
+        overlap = "" if not run.transformer.tp_comm_overlap else " and --tp-comm-overlap"
+        run.transformer.tp_comm_overlap = False
+        notices.append(f"--sequence-parallel{overlap}: switched off, because tensor_model_parallel_size is 1.")
     notices += [*settle_compilation(run), *pipeline_notices(run), *recomputation_notices(run)]
     if run.transformer.apply_query_key_layer_scaling:
         notices.append("--apply-query-key-layer-scaling: accepted without effect (scores are accumulated in float32).")

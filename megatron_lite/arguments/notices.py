@@ -35,8 +35,8 @@ def pipeline_notices(run: RunConfig) -> Iterator[str]:
             f"--pipeline-schedule {sizes.schedule}: the last stage, with multi-token prediction, computes gradients of "
             "weights together with those of activations."
         )
-    whole = "--compile" if run.training.compile else "--recompute-granularity"
-    if sizes.schedule in SPLIT_BACKWARD and (run.training.compile or sizes.recompute_granularity is not None):
+    whole = "--compile" if run.training.compile else sizes.gradients_together
+    if sizes.schedule in SPLIT_BACKWARD and whole is not None:
         yield (
             f"--pipeline-schedule {sizes.schedule}: with {whole} the gradients of weights are computed together with "
             "those of activations, so there is nothing to fill idle time with; interleaved idles less (tools/plan.py)."

@@ -251,17 +251,17 @@ def _features(run: RunConfig) -> Iterator[str]:
 
 def _transformer_engine(run: RunConfig) -> Iterator[str]:
     """What that package asks for."""
-    remedy = "write --transformer-impl auto or local"
-    if run.transformer.fp64:
+    sizes, remedy = run.transformer, "write --transformer-impl auto or local"
+    if sizes.fp64:
         yield f"transformer_impl is transformer_engine with fp64, which that package does not compute in: {remedy}."
-    elif run.transformer.tp_comm_overlap:
+    if sizes.tp_comm_overlap:
         yield (
             "transformer_impl is transformer_engine with tp_comm_overlap, but its layers communicate by themselves: "
             "leave out --tp-comm-overlap, or write --transformer-impl local."
         )
-    elif run.dry_run:
-        return
-    elif importlib.util.find_spec("transformer_engine") is None:
+    if run.dry_run or sizes.fp64 or sizes.tp_comm_overlap:
+        return  # there is enough to mend
+    if importlib.util.find_spec("transformer_engine") is None:
         yield (
             "transformer_impl is transformer_engine, but that package is not installed here: install it (see "
             f"docs/installation.md), or {remedy}."

@@ -64,6 +64,7 @@ def load_model(
         "expert_tensor_parallel_size": None,
         "sequence_parallel": False,
         "tp_comm_overlap": False,
+        "transformer_impl": "auto",
         # Every package is not everywhere, and what one token gets must not depend on which others are there.
         "moe_token_dispatcher_type": "allgather",
         "moe_enable_deepep": False,

@@ -79,12 +79,13 @@ def grouped_linear(
     """
     _, size_out, size_in = weight.shape
     chosen = choose_backend(x.dtype, x.device, size_in, size_out, backend) if x.size(0) else "loop"
-    if chosen == "transformer_engine" and fp8 is None:
+    if chosen == "transformer_engine" and fp8 is not None:
+        chosen = choose_backend(x.dtype, x.device, size_in, size_out, "torch")
+    if chosen == "transformer_engine":
         rows = x if before is None else before.function(x, before.factor)
         return _transformer_engine(rows, gates_then_ups(weight, 1) if gates_first else weight, tokens_per_expert)
     function, factor = (None, None) if before is None else before
-    products = _PRODUCTS.get(chosen, _loop)
-    products = products if fp8 is None else fp8(products)
+    products = _PRODUCTS[chosen] if fp8 is None else fp8(_PRODUCTS[chosen])
     return _GroupedLinear.apply(  # type: ignore[no-any-return]
         x, factor, weight, tokens_per_expert, function, gates_first, products
     )

@@ -11,13 +11,14 @@ later, such as the next step, finds them made, and a host that wants to read mom
 same parts are copied, so that it can be tested.
 """
 
-import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_lite.host_copies import beside
 
 # Elements of the parameters that make a part.
 AT_A_TIME = 2**24
@@ -104,40 +105,20 @@ class _Visit:
         self.moments = [torch.empty_like(kept, device=device) if on_host else kept for kept, on_host in part]
         self._device = device
         self._travelling = [(kept, here) for (kept, on_host), here in zip(part, self.moments, strict=True) if on_host]
-        self._copied = self._copy([(here, kept) for kept, here in self._travelling], _stream_to_device)
+        self._copied = self._copy([(here, kept) for kept, here in self._travelling], "moments to the device")
 
     def leave(self) -> None:
         """Begin to copy what is the host's back to it."""
-        self._copied = self._copy(self._travelling, _stream_to_host)
+        self._copied = self._copy(self._travelling, "moments to the host")
 
     def wait(self) -> None:
         """What the device does from here on finds all copies made."""
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
-    def _copy(
-        self,
-        targets_and_sources: Sequence[tuple[Tensor, Tensor]],
-        stream_of: Callable[[torch.device], torch.cuda.Stream],
-    ) -> torch.cuda.Event | None:
-        """Copy behind all that is queued so far, beside all that follows; returns the end of it. On a CPU at once."""
-        if self._device.type != "cuda" or not targets_and_sources:
+    def _copy(self, targets_and_sources: Sequence[tuple[Tensor, Tensor]], which: str) -> torch.cuda.Event | None:
+        def copy() -> None:
             for target, source in targets_and_sources:
                 target.copy_(source, non_blocking=True)
-            return None
-        stream = stream_of(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for target, source in targets_and_sources:
-                target.copy_(source, non_blocking=True)
-            return stream.record_event()
 
-
-@functools.cache
-def _stream_to_device(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@functools.cache
-def _stream_to_host(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        return beside(self._device, copy, which) if targets_and_sources else None

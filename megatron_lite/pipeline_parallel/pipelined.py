@@ -108,12 +108,11 @@ class PipelinedForwardBackward:
     def _splits_backward(self, chunk: nn.Module) -> bool:
         """Whether the gradients of weights are computed apart.
 
-        Not where torch would have to compute activations twice for it (recomputation), nor where a compiled layer
-        gives both kinds of gradients in one piece, nor with multi-token prediction, which reads the output layer and
-        the embedding several times: torch goes wrong about weights that are connected in several places. There all is
-        computed with the gradients of the activations.
+        Not where layers give both kinds of gradients in one piece, compiled or by config.gradients_together, nor with
+        multi-token prediction, which reads the output layer and the embedding several times: torch goes wrong about
+        weights that are connected in several places. There all is computed with the gradients of the activations.
         """
-        whole = self.config.recompute_granularity is not None or getattr(chunk, "mtp", None) is not None
+        whole = self.config.gradients_together is not None or getattr(chunk, "mtp", None) is not None
         compiled = any(module._compiled_call_impl for module in chunk.modules())
         return self.config.schedule in SPLIT_BACKWARD and not whole and not compiled
 

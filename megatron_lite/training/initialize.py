@@ -19,6 +19,7 @@ from megatron_lite.tensor_parallel.layers import way_of_overlap
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.attention_choices import describe_communication
 from megatron_lite.transformer.fp8 import describe_fp8
+from megatron_lite.transformer.moe.experts import grouped_backend
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 # Parameters of mallopt(3).
@@ -144,7 +145,7 @@ def _grouped_products(sizes: TransformerConfig, device: torch.device) -> str:
     if not sizes.moe_grouped_gemm:
         return "loop (--moe-grouped-gemm computes experts together)"
     width = (sizes.moe_ffn_hidden_size or 0) // (sizes.expert_tensor_parallel_size or 1)
-    return choose_backend(sizes.params_dtype, device, sizes.hidden_size, width)
+    return choose_backend(sizes.params_dtype, device, sizes.hidden_size, width, grouped_backend(sizes))
 
 
 def announce(config: RunConfig, device: torch.device) -> None:
@@ -180,12 +181,12 @@ def announce(config: RunConfig, device: torch.device) -> None:
             print_rank_0(f"  {line}")
     compiled = "compiled" if config.training.compile else "eager (--compile compiles them)"
     grouped = "" if sizes.num_moe_experts is None else f" · grouped products: {_grouped_products(sizes, device)}"
-    way = way_of_overlap(sizes, parallel_state.get_tensor_model_parallel_group())
+    way = way_of_overlap(sizes, parallel_state.get_tensor_model_parallel_group(check_initialized=False))
     overlap = "" if way is None else f" · tensor parallel overlap: {way}"
-    linear = "" if sizes.fp8 is None else f" · linear layers: {describe_fp8(sizes, device)}"
     engine = sizes.transformer_impl == "transformer_engine"
-    if engine and sizes.fp8 is None:
-        linear = " · linear layers: transformer engine"
+    products = [describe_fp8(sizes, device)] if sizes.fp8 is not None else []
+    products += ["transformer engine"] if engine and (sizes.fp8 is None or sizes.first_last_layers_bf16) else []
+    linear = f" · linear layers: {'; '.join(products)}" if products else ""
     attention = "transformer engine" if engine and sizes.attention_backend == "auto" else "torch sdpa"
     print_rank_0(
         f"attention: {attention} ({sizes.attention_backend}) · optimizer: {_optimizer(config.optimizer)} · "

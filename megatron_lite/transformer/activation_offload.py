@@ -15,7 +15,7 @@ back with their strides. On a CPU the same is done with plain copies: nothing is
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from megatron_lite.host_copies import beside
 from megatron_lite.tensor_parallel.parameters import local
 
 SMALLEST_BYTES = 1 << 20
@@ -117,7 +118,7 @@ class LayerActivations:
     def send(self) -> None:
         """Behind the layer's forward: begin to copy all of it to the host."""
         self._sent.update(self._being_saved.values())
-        self._copied = _on_side_stream(self._being_saved.values(), Storage.send)
+        self._copied = _copy_beside(self._being_saved.values(), Storage.send)
 
     def free(self) -> None:
         """Behind the next layer's forward: the device needs it no longer."""
@@ -135,7 +136,7 @@ class LayerActivations:
         for storage in storages:
             # Memory of the main stream, so that it is free for others when autograd lets go of it.
             storage.device_copy = torch.empty(storage.host_copy.shape, dtype=torch.uint8, device=storage.device)  # type: ignore[union-attr]
-        self._copied = _on_side_stream(storages, Storage.fetch)
+        self._copied = _copy_beside(storages, Storage.fetch)
         self._is_back = True
 
     def wait(self) -> None:
@@ -185,21 +186,12 @@ def _before_backward(previous: LayerActivations, gradient: Tensor) -> None:
     previous.fetch()
 
 
-def _on_side_stream(storages: Iterable[Storage], copy: Any) -> torch.cuda.Event | None:
-    """Copy behind all that is queued so far, beside all that follows; returns the end of it. On a CPU at once."""
+def _copy_beside(storages: Iterable[Storage], copy: Callable[[Storage], None]) -> torch.cuda.Event | None:
+    """Copy all of them, one way or the other."""
     todo = list(storages)
-    if not todo or todo[0].device.type != "cuda":
+
+    def copy_all() -> None:
         for storage in todo:
             copy(storage)
-        return None
-    stream = _side_stream(todo[0].device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for storage in todo:
-            copy(storage)
-        return stream.record_event()
 
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return beside(todo[0].device, copy_all, "activations") if todo else None

@@ -29,14 +29,9 @@ _BACKENDS = {
     "unfused": [SDPBackend.MATH],
     "local": [SDPBackend.MATH],
 }
-# On Hopper and later GPUs cuDNN's kernel is up to 1.75 times as fast as flash (release notes of PyTorch 2.5), which
-# torch itself prefers. SDPA goes on to the next where one cannot do it.
-_FROM_HOPPER_ON = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# Without cuDNN, which torch prefers on Hopper: with a mask its gradient of the queries can be NaN at lengths that leave
+# 64 when divided by 128 (https://github.com/pytorch/pytorch/issues/196678, torch 2.11 to 2.13).
+_UNDER_A_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class DotProductAttention(MegatronModule):
@@ -265,9 +260,9 @@ class DotProductAttention(MegatronModule):
             key, value = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (key, value))
             visible = _with_sinks(visible, sinks, query.dtype)
         stream = get_cuda_rng_tracker().fork() if dropout > 0.0 else contextlib.nullcontext()
-        kernels = sdpa_kernels(query.device, self.config.attention_backend)
+        kernels = sdpa_kernels(query.device, self.config.attention_backend, visible is not None)
         # Not in an ExitStack, which torch.compile cannot follow.
-        with stream, sdpa_kernel(kernels, set_priority=True) if kernels else contextlib.nullcontext():
+        with stream, sdpa_kernel(kernels) if kernels else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -358,13 +353,11 @@ class DotProductAttention(MegatronModule):
         return reaches_back and reaches_on and (not causal or query_length in (1, key_length))
 
 
-def sdpa_kernels(device: torch.device, requested: str) -> list[SDPBackend]:
-    """The kernels SDPA may take, the best first; empty for all of them in its own order."""
+def sdpa_kernels(device: torch.device, requested: str, masked: bool) -> list[SDPBackend]:
+    """The kernels SDPA may choose from; empty for all of them."""
     if requested in _BACKENDS:
         return _BACKENDS[requested]
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9:
-        return _FROM_HOPPER_ON
-    return []
+    return _UNDER_A_MASK if masked and device.type == "cuda" else []
 
 
 def _heads_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:

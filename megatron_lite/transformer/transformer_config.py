@@ -78,8 +78,8 @@ class TransformerConfig(AttentionConfig):
     num_layers_at_end_in_bf16: int = knob(1, "--first-last-layers-bf16: layers at the end.")
     transformer_impl: str = knob(
         "auto",
-        "auto and local use torch, auto for grouped products also a package; transformer_engine uses that package's "
-        "linear layers and attention.",
+        "auto and local use torch, but auto a package for grouped products where it is faster; transformer_engine uses "
+        "that package's linear layers and attention.",
         choices=("auto", "local", "transformer_engine"),
     )
 
@@ -214,6 +214,19 @@ class TransformerConfig(AttentionConfig):
         found += layer_frequency_violations(self, self.num_layers)
         found += fp8_violations(self)
         return found + self._recompute_violations() + self._offload_violations()
+
+    @property
+    def gradients_together(self) -> str | None:
+        """The flag for which a layer computes gradients of weights and activations in one piece; None if it need not.
+
+        Recomputation would be done twice; an overlapped product gathers the gradient once for both; Transformer
+        Engine's layers can be differentiated once only.
+        """
+        if self.recompute_granularity is not None:
+            return "--recompute-granularity"
+        if self.tp_comm_overlap:
+            return "--tp-comm-overlap"
+        return "--transformer-impl transformer_engine" if self.transformer_impl == "transformer_engine" else None
 
     def _recompute_violations(self) -> list[str]:
         found = []

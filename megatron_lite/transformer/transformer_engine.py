@@ -28,10 +28,10 @@ def use_transformer_engine(layer: nn.Module, config: TransformerConfig) -> None:
             module.whole_attention = attend
         is_linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and not module.is_expert
         if is_linear and module.product is None:
-            module.product = EngineLinear(_linear(module, config))
+            module.product = EngineLinear(module, config.params_dtype)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineLinear:
     """x weight^T + b: [..., k] x [n, k] -> [..., n] in the dtype of x.
 
@@ -39,28 +39,31 @@ class EngineLinear:
     summed over the ranks (and scattered) while that of the weight is computed.
 
     Attributes:
-        module: transformer_engine.pytorch.Linear without a bias, on the meta device.
+        layer: ours.
+        dtype: of x and the weight.
     """
 
-    module: nn.Module
+    layer: ColumnParallelLinear | RowParallelLinear
+    dtype: torch.dtype
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`weight` is this rank's shard in the dtype of x."""
-        output: Tensor = torch.func.functional_call(self.module, {"weight": weight}, (x,))
+        output: Tensor = torch.func.functional_call(self._module, {"weight": weight}, (x,))
         return output if bias is None else output + bias
 
-
-def _linear(layer: ColumnParallelLinear | RowParallelLinear, config: TransformerConfig) -> nn.Module:
-    """The package's layer for the product of ours; what a row layer computes is summed by the layer itself."""
-    options: dict[str, Any] = {"bias": False, "params_dtype": config.params_dtype, "device": "meta"}
-    if isinstance(layer, RowParallelLinear):
-        sizes = layer.input_size_per_partition, layer.output_size
-    else:
-        sizes = layer.input_size, layer.output_size
-        if layer.communicates:
-            options |= {"parallel_mode": "column", "tp_group": layer.tp_group}
-            options |= {"tp_size": layer.tp_size, "sequence_parallel": layer.sequence_parallel}
-    return _package().Linear(*sizes, **options)  # type: ignore[no-any-return]
+    @functools.cached_property
+    def _module(self) -> nn.Module:
+        """The package's layer, made when it is first called; what a row layer computes is summed by ours."""
+        layer = self.layer
+        options: dict[str, Any] = {"bias": False, "params_dtype": self.dtype, "device": "meta"}
+        if isinstance(layer, RowParallelLinear):
+            sizes = layer.input_size_per_partition, layer.output_size
+        else:
+            sizes = layer.input_size, layer.output_size
+            if layer.communicates:
+                options |= {"parallel_mode": "column", "tp_group": layer.tp_group}
+                options |= {"tp_size": layer.tp_size, "sequence_parallel": layer.sequence_parallel}
+        return _package().Linear(*sizes, **options)  # type: ignore[no-any-return]
 
 
 def attend(

@@ -55,7 +55,7 @@ LATENT: dict[str, str | None] = {**ROPE, "multi_latent_attention": None}
 CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
     (
         1,
-        {"tp_comm_overlap": None, "sequence_parallel": None},
+        {"tp_comm_overlap": None},
         ["tp_comm_overlap is set with tensor_model_parallel_size 1", "write --tensor-model-parallel-size above 1"],
     ),
     (
@@ -522,6 +522,29 @@ def test_layers_in_fp8_do_not_overlap_and_say_so(monkeypatch: pytest.MonkeyPatch
     for overlap in ({}, {"tp_comm_overlap": None}):
         said = parse_args(words(**split, **overlap)).notices
         assert any("--tp-comm-overlap: layers in fp8" in notice for notice in said) == bool(overlap)
+
+
+def test_one_rank_has_nothing_to_overlap_with() -> None:
+    """As with sequence parallelism. Mutation: refused."""
+    run = parse_args(words(sequence_parallel=None, tp_comm_overlap=None))
+    assert not run.transformer.tp_comm_overlap
+    assert "--sequence-parallel and --tp-comm-overlap: switched off" in "".join(run.notices)
+
+
+@pytest.mark.parametrize("flag", ["recompute", "overlap", "engine", None])
+def test_schedules_that_cannot_split_gradients_say_so(flag: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: one of the reasons forgotten."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    stages = {"pipeline_model_parallel_size": "2", "pipeline_schedule": "zbv", "num_layers": "4"}
+    split = {"tensor_model_parallel_size": "2", "sequence_parallel": None, "global_batch_size": "16"}
+    changes: dict[str | None, dict[str, str | None]] = {
+        "recompute": {"recompute_granularity": "selective"},
+        "overlap": {"tp_comm_overlap": None},
+        "engine": {"transformer_impl": "transformer_engine"},
+    }
+    run = build_run_config(read_settings([*words(**stages, **split, **changes.get(flag, {})), "--dry-run"]))
+    said = [notice for notice in run.notices if "so there is nothing to fill idle time with" in notice]
+    assert bool(said) == (run.transformer.gradients_together is not None) == (flag is not None)
 
 
 def test_recomputation_that_frees_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from megatron_lite.ops.fp8_grouped_linear import Fp8GroupedLinear
 from megatron_lite.ops.grouped_bias import add_grouped_bias
 from megatron_lite.ops.grouped_linear import Before, grouped_linear
 from megatron_lite.ops.swiglu import gates_then_ups
+from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_expert_parameter
@@ -30,6 +31,17 @@ def weighs_output(config: TransformerConfig) -> bool:
     recomputed = (config.recompute_modules or ()) if config.recompute_granularity == "selective" else ()
     width = config.moe_ffn_hidden_size or config.ffn_hidden_size or 0
     return width > config.hidden_size and "moe_act" not in recomputed
+
+
+def grouped_backend(config: TransformerConfig) -> str:
+    """The backend that grouped_linear is asked for.
+
+    Torch's own if no package is wanted, and where gradients are computed in two passes, which a package's module may
+    not survive.
+    """
+    if not config.moe_grouped_gemm:
+        return "loop"
+    return "torch" if config.transformer_impl == "local" or config.schedule in SPLIT_BACKWARD else "auto"
 
 
 class GroupedMLP(MegatronModule):
@@ -77,7 +89,7 @@ class GroupedMLP(MegatronModule):
             )
         self.gated = config.gated_linear_unit
         self.activation, self.gated_activation = activation_function(config), gated_activation(config)
-        self.backend = "auto" if config.moe_grouped_gemm else "loop"
+        self.backend = grouped_backend(config)
         self.recompute_activation = "moe_act" in (config.recompute_modules or ()) and (
             config.recompute_granularity == "selective"
         )

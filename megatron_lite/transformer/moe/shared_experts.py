@@ -1,11 +1,10 @@
 """SharedExperts: the part of an MoE layer that every token passes, beside its routed experts."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.host_copies import side_stream
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_parameter
@@ -63,7 +62,7 @@ class SharedExperts(MLP):
         """
         if not (self.overlaps and hidden_states.is_cuda):
             return self(hidden_states)  # type: ignore[no-any-return]
-        stream = _side_stream(hidden_states.device)
+        stream = side_stream(hidden_states.device, "shared experts")
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             output = self(hidden_states)
@@ -75,11 +74,6 @@ class SharedExperts(MLP):
         """The finished result of `start`."""
         if self.overlaps and output.is_cuda:
             current = torch.cuda.current_stream()
-            current.wait_stream(_side_stream(output.device))
+            current.wait_stream(side_stream(output.device, "shared experts"))
             output.record_stream(current)
         return output
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

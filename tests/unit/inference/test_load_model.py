@@ -28,7 +28,12 @@ def save(root: Path, **changes: object) -> tuple[GPTModel, RunConfig]:
     gpt = GPTModelConfig(position_embedding_type="rope", max_position_embeddings=LENGTH)
     run = RunConfig(
         transformer=TransformerConfig(
-            tensor_model_parallel_size=2, sequence_parallel=True, tp_comm_overlap=True, **shape, hidden_dropout=0.1
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            tp_comm_overlap=True,
+            transformer_impl="transformer_engine",
+            **shape,
+            hidden_dropout=0.1,
         ),
         gpt=gpt,
         tokenizer=TokenizerConfig(tokenizer_type="ByteLevelTokenizer"),

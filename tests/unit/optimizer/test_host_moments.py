@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lite import host_copies
 from megatron_lite.arguments import parse_args
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerConfig, host_moments
 from megatron_lite.optimizer.host_moments import Moment, in_parts, names_on_host, through_device
@@ -157,8 +158,8 @@ class Device(TorchDispatchMode):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.on)
         monkeypatch.setattr(torch, "empty_like", self.allocate)
-        monkeypatch.setattr(host_moments, "_stream_to_device", lambda device: self.to_device)
-        monkeypatch.setattr(host_moments, "_stream_to_host", lambda device: self.to_host)
+        streams = {"moments to the device": self.to_device, "moments to the host": self.to_host}
+        monkeypatch.setattr(host_copies, "side_stream", lambda device, which: streams[which])
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:

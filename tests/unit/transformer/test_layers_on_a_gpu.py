@@ -70,10 +70,10 @@ def test_a_compiled_layer_is_one_graph(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("requested", "first"),
-    [("auto", "CUDNN_ATTENTION"), ("flash", "FLASH_ATTENTION"), ("fused", "CUDNN_ATTENTION"), ("unfused", "MATH")],
+    [("auto", None), ("flash", "FLASH_ATTENTION"), ("fused", "CUDNN_ATTENTION"), ("unfused", "MATH")],
 )
 @pytest.mark.usefixtures("hopper")
-def test_the_attention_kernel(requested: str, first: str) -> None:
-    """Mutation: torch's own order."""
+def test_the_attention_kernel(requested: str, first: str | None) -> None:
+    """The one that is asked for, or torch's choice. Mutation: nothing handed on."""
     kernels = [name for name in operations(attention_backend=requested) if name.isupper()]
-    assert kernels[0] == first
+    assert (kernels or [None])[0] == first

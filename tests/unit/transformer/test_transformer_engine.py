@@ -1,6 +1,8 @@
 """Transformer Engine's layers behind ours, with a stand-in for the package, which needs a GPU."""
 
+import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite import parallel_state
+from megatron_lite.pipeline_parallel.pipelined import PipelinedForwardBackward
 from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_lite.transformer.rope import RotaryEmbedding
@@ -94,6 +97,19 @@ def test_masks_and_decoding_are_left_to_torch() -> None:
 def test_layers_in_fp8_stay_torch() -> None:
     """Their scales belong to logical tensors. Mutation: replace every product."""
     assert both(fp64=True, fp8="hybrid") == {"causal": 1}
+
+
+def test_layers_are_built_without_the_package_and_differentiated_once() -> None:
+    """A dry run builds them. Its Function lets go of what backward needs, so schedules must not split it.
+
+    Mutations: the package's layer made at once; gradients of weights computed apart.
+    """
+    layer = build("transformer_engine")
+    assert "transformer_engine.pytorch" not in sys.modules
+    for impl, splits in (("local", True), ("transformer_engine", False)):
+        config = SimpleNamespace(schedule="zbv", gradients_together=build(impl).config.gradients_together)
+        pipelined: Any = SimpleNamespace(config=config)
+        assert PipelinedForwardBackward._splits_backward(pipelined, layer) == splits
 
 
 def check_layer(rank: int, world_size: int, sequence_parallel: bool) -> list[float]:

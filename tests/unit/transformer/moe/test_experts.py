@@ -14,7 +14,7 @@ from megatron_lite.optimizer import OptimizerConfig
 from megatron_lite.optimizer.param_groups import has_weight_decay
 from megatron_lite.tensor_parallel import initialize_parameters, named_parameter_specs
 from megatron_lite.transformer.mlp import MLP
-from megatron_lite.transformer.moe.experts import GroupedMLP
+from megatron_lite.transformer.moe.experts import GroupedMLP, grouped_backend
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 HIDDEN, WIDTH, EXPERTS = 8, 12, 3
@@ -133,6 +133,17 @@ def test_without_the_flag_experts_are_computed_one_by_one(monkeypatch: pytest.Mo
     experts = experts_of(config_of(fp64=False, moe_ffn_hidden_size=16))
     rows, probs = rows_of([3, 0, 5], torch.float32)
     experts.forward_dispatched(rows, probs, torch.tensor([3, 0, 5])).sum().backward()
+
+
+def test_which_products_are_asked_for() -> None:
+    """No package if none is wanted, nor where gradients are computed in two passes. Mutation: either forgotten."""
+    stages = {"pipeline_model_parallel_size": 2, "num_layers": 4, "pipeline_schedule": "zbv"}
+    asked = [
+        grouped_backend(config_of(moe_grouped_gemm=True, **changes))
+        for changes in ({}, {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}, stages)
+    ]
+    assert asked == ["auto", "torch", "auto", "torch"]
+    assert grouped_backend(config_of(transformer_impl="local")) == "loop"
 
 
 @pytest.mark.parametrize("grouped", [False, True])
