@@ -5,7 +5,6 @@ are compiled by default. Only forward, and without rotary positions: recording f
 """
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
+from megatron_lite.transformer import dot_product_attention
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
 
@@ -22,11 +22,11 @@ SIZES = {"num_layers": 1, "hidden_size": 256, "num_attention_heads": 4, "bf16": 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU of compute capability 9.0, as far as Python asks."""
+    """A GPU with a flash kernel, as far as attention asks."""
     torch._dynamo.reset()
-    for name in ("get_device_properties", "get_device_capability"):
-        answer = {"get_device_capability": (9, 0)}.get(name, SimpleNamespace(major=9, minor=0))
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(
+        dot_product_attention, "choose_backend", lambda _, requested: "eager" if requested == "unfused" else "flash"
+    )
     torch._C._ensureCUDADeviceGuardSet()
     with FakeTensorMode(), torch.no_grad():
         yield
