@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from megatron_lite.gradient_pass import computes
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel import collectives
 
@@ -195,7 +196,8 @@ class _Fp8Product(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         saved, input_encode, weight, weight_encode = ctx.saved_tensors
         fp8: Fp8Linear = ctx.fp8
-        wants_input, wants_weight, _ = ctx.needs_input_grad
+        wants_input = ctx.needs_input_grad[0] and computes("activations")
+        wants_weight = ctx.needs_input_grad[1] and computes("weights")
         grad = grad_output.reshape(-1, grad_output.size(-1))
         inputs, grad_input, grad_weight = Quantized(saved, input_encode), None, None
         sum_of_grads: Callable[[], Tensor] | None = None

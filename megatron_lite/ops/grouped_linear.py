@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron_lite.errors import ConfigError
+from megatron_lite.gradient_pass import computes
 from megatron_lite.ops.swiglu import gates_then_ups
 
 # The grouped kernels want every row of a matrix to begin at a multiple of this.
@@ -183,10 +184,10 @@ class _GroupedLinear(Function):
             with torch.enable_grad():
                 rows = ctx.before(x, factor)
         grad_x = grad_factor = grad_weight = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and computes("weights"):
             grad_weight = ctx.products.grad_weight(grad, rows.detach().contiguous(), counts)
             grad_weight = _interleaved(grad_weight) if ctx.gates_first else grad_weight
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        if (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and computes("activations"):
             weight = gates_then_ups(weight, 1) if ctx.gates_first else weight
             grad_x = ctx.products.grad_x(grad, weight.contiguous(), counts)
             if ctx.before is not None:

@@ -6,7 +6,7 @@ nothing is kept but shapes.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _batch_p2p, _PipelineScheduleRuntime
 
 from megatron_lite.distributed.data_parallel import accumulate_gradients, begin_pipelined_step, reduce_gradients
+from megatron_lite.gradient_pass import computing_only
 from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
 from megatron_lite.pipeline_parallel.orders import Order, forward_actions, pipeline_order
 from megatron_lite.pipeline_parallel.schedules import ForwardStep, LossFunc, MicroBatch
@@ -209,14 +210,21 @@ class _Stage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
         """The backward of a micro-batch, behind which the received gradient is not needed."""
-        with _plain_errors():
+        splits = self._computes_apart and not options.get("full_backward", True)
+        with _plain_errors(), computing_only("activations") if splits else nullcontext():
             super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
         _let_go({bwd_chunk_id: self.grad_recv_info[bwd_chunk_id]})
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The gradients of weights, added up in the dtype they are reduced in as after a whole backward."""
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        with computing_only("weights") if self._computes_apart else nullcontext():
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         accumulate_gradients(self.submod.chunk)
+
+    @property
+    def _computes_apart(self) -> bool:
+        """Whether torch computes the two kinds of gradients apart; the first stage's come together, last."""
+        return self.dw_builder is None and not self.is_first
 
     def release(self) -> None:
         """Finish sending, and forget the micro-batches."""

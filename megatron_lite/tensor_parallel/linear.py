@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from megatron_lite.gradient_pass import computes
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel import collectives
 from megatron_lite.tensor_parallel.mappings import require_divisible
@@ -43,8 +44,9 @@ class _LinearWithAsyncCommunication(Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         input_, weight = ctx.saved_tensors
         group: ProcessGroup = ctx.group
-        wants_input, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        wants_bias = ctx.has_bias and ctx.needs_input_grad[2]
+        wants_input = ctx.needs_input_grad[0] and computes("activations")
+        wants_weight = ctx.needs_input_grad[1] and computes("weights")
+        wants_bias = ctx.has_bias and ctx.needs_input_grad[2] and computes("weights")
         total_input, grad_input, sum_of_grads, grad_weight = input_, None, None, None
         if ctx.sequence_parallel and wants_weight:
             total_input = collectives.start_all_gather(input_, group)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import CheckpointError, verify_replicas
@@ -90,6 +91,43 @@ def test_split_backward_accumulates_in_float32(pool):
     wanted = pool.run(gradients_of, whole_backward, True, settings, world_size=4)
     assert largest_error(pool.run(gradients_of, v_shaped, True, settings, world_size=4), wanted) < 1e-5
     assert largest_error(pool.run(gradients_of, v_shaped, False, settings, world_size=4), wanted) > 1e-3
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of matrix products. (torch's counter of operations fails in a split backward pass.)"""
+
+    multiplications = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        output = function(*arguments, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.bmm.default):
+            self.multiplications += output.numel() * arguments[0].size(-1)
+        if function is torch.ops.aten.addmm.default:
+            self.multiplications += output.numel() * arguments[1].size(-1)
+        return output
+
+
+def products_of(rank: int, world_size: int, layout: Layout) -> int:
+    """Multiplications in this rank's products of a step."""
+    chunks, optimizer, how = build(layout)
+    with Products() as counter:
+        forward_backward(chunks, optimizer, batches_of(layout, chunks), **how)
+    return counter.multiplications
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2, tp=2, sp=True, layers=4, schedule="zbv", accumulation=3),
+        Layout(pp=2, moe="gated", layers=4, schedule="zbv", accumulation=3),
+    ],
+    ids=lambda layout: layout.name,
+)
+def test_split_backward_computes_nothing_twice(pool, layout):
+    """A Function cannot tell the two passes apart by itself. Mutations: not told in either pass."""
+    whole_backward = replace(layout, schedule="gpipe", chunks=2)
+    found, wanted = (pool.run(products_of, one, world_size=one.world_size) for one in (layout, whole_backward))
+    assert sum(found) == sum(wanted) > 0
 
 
 @pytest.mark.parametrize("settings", [{"bf16": True, "params_dtype": torch.bfloat16, "fp32_residual_connection": True}])
