@@ -87,9 +87,8 @@ def grouped_linear(
         return _transformer_engine(rows, gates_then_ups(weight, 1) if gates_first else weight, tokens_per_expert)
     function, factor = (None, None) if before is None else before
     products = _PRODUCTS[chosen] if fp8 is None else fp8(_PRODUCTS[chosen])
-    return _GroupedLinear.apply(  # type: ignore[no-any-return]
-        x, factor, weight, tokens_per_expert, function, gates_first, products
-    )
+    products = _gates_first(products) if gates_first else products
+    return _GroupedLinear.apply(x, factor, weight, tokens_per_expert, function, products)  # type: ignore[no-any-return]
 
 
 def choose_backend(dtype: torch.dtype, device: torch.device, size_in: int, size_out: int, backend: str = "auto") -> str:
@@ -151,6 +150,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _gates_first(products: Products) -> Products:
+    """Products with a weight whose rows are gate 0, up 0, gate 1, up 1, ..., as if all gates came first."""
+    return Products(
+        forward=lambda x, weight, counts: products.forward(x, gates_then_ups(weight, 1), counts),
+        grad_x=lambda grad, weight, counts: products.grad_x(grad, gates_then_ups(weight, 1), counts),
+        grad_weight=lambda grad, x, counts: _interleaved(products.grad_weight(grad, x, counts)),
+    )
+
+
 def _interleaved(weight: Tensor) -> Tensor:
     """Undo `gates_then_ups` of [E, out, in] along `out`."""
     return weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
@@ -165,13 +173,11 @@ class _GroupedLinear(Function):
         weight: Tensor,
         counts: Tensor,
         before: Callable[[Tensor, Tensor], Tensor] | None,
-        gates_first: bool,
         products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x, factor, weight, counts)
-        ctx.before, ctx.gates_first, ctx.products = before, gates_first, products
+        ctx.before, ctx.products = before, products
         rows = x if before is None else before(x, factor)  # type: ignore[arg-type]
-        weight = gates_then_ups(weight, 1) if gates_first else weight
         return products.forward(rows.contiguous(), weight.contiguous(), counts)
 
     @staticmethod
@@ -186,13 +192,11 @@ class _GroupedLinear(Function):
         grad_x = grad_factor = grad_weight = None
         if ctx.needs_input_grad[2] and computes("weights"):
             grad_weight = ctx.products.grad_weight(grad, rows.detach().contiguous(), counts)
-            grad_weight = _interleaved(grad_weight) if ctx.gates_first else grad_weight
         if (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and computes("activations"):
-            weight = gates_then_ups(weight, 1) if ctx.gates_first else weight
             grad_x = ctx.products.grad_x(grad, weight.contiguous(), counts)
             if ctx.before is not None:
                 grad_x, grad_factor = torch.autograd.grad(rows, (x, factor), grad_x)
-        return grad_x, grad_factor, grad_weight, None, None, None, None
+        return grad_x, grad_factor, grad_weight, None, None, None
 
 
 def ends_of_groups(counts: Tensor) -> Tensor:

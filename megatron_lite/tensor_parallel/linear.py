@@ -71,7 +71,8 @@ class _LinearWithReduceScatter(Function):
     """Forward: product, summed over the ranks, of which each keeps its part of the sequence. Backward: all-gather.
 
     Kept for backward are the input and the weight, as without overlap. The output's gradient travels behind the product
-    that makes the input gradient, and is kept whole until it has made the weight gradient.
+    that makes the input gradient, and is kept whole until it has made the weight gradient; where the two are computed
+    apart it travels for each.
     """
 
     @staticmethod
@@ -83,7 +84,8 @@ class _LinearWithReduceScatter(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         input_, weight = ctx.saved_tensors
-        wants_input, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        wants_input = ctx.needs_input_grad[0] and computes("activations")
+        wants_weight = ctx.needs_input_grad[1] and computes("weights")
         grad_input, grad_weight, total_grad = None, None, None
         if wants_input:
             grad_input, total_grad = gather_then_multiply(

@@ -219,13 +219,10 @@ class TransformerConfig(AttentionConfig):
     def gradients_together(self) -> str | None:
         """The flag for which a layer computes gradients of weights and activations in one piece; None if it need not.
 
-        Recomputation would be done twice; an overlapped product gathers the gradient once for both; Transformer
-        Engine's layers can be differentiated once only.
+        Recomputation would be done twice, and Transformer Engine's layers can be differentiated once only.
         """
         if self.recompute_granularity is not None:
             return "--recompute-granularity"
-        if self.tp_comm_overlap:
-            return "--tp-comm-overlap"
         return "--transformer-impl transformer_engine" if self.transformer_impl == "transformer_engine" else None
 
     def _recompute_violations(self) -> list[str]:

@@ -122,6 +122,18 @@ def test_the_grouped_kernel_multiplies_two_of_three_products_and_waits_for_nothi
     assert len(calls) == 4
 
 
+def losses_of(model, optimizer, batches, groups) -> list[float]:
+    """Of four steps, the last of which may not wait for the device."""
+    found = [train_step(model, optimizer, batches, **groups).loss for _ in range(3)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found.append(train_step(model, optimizer, batches, **groups).loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [one.item() for one in found]
+
+
 @needs_grouped_kernels
 @pytest.mark.parametrize("modules", [None, ["moe_act"]])
 def test_a_step_with_experts_without_host_waits_near_bf16(groups, modules):
@@ -132,14 +144,7 @@ def test_a_step_with_experts_without_host_waits_near_bf16(groups, modules):
 
     def losses(**settings) -> list[float]:
         model, optimizer = model_with_experts(device, bf16=True, **recompute, **settings)
-        found = [train_step(model, optimizer, batches, **groups).loss for _ in range(3)]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found.append(train_step(model, optimizer, batches, **groups).loss)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return [one.item() for one in found]
+        return losses_of(model, optimizer, batches, groups)
 
     plain, found = losses(), losses(fp8="hybrid")
     assert found != plain
@@ -163,14 +168,7 @@ def test_a_step_without_host_waits_near_bf16(groups, recipe, compile_layers):
 
     def losses(**settings) -> list[float]:
         model, optimizer = small_model(device, compile_layers, bf16=True, **settings)
-        found = [train_step(model, optimizer, batches, **groups).loss for _ in range(3)]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found.append(train_step(model, optimizer, batches, **groups).loss)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return [one.item() for one in found]
+        return losses_of(model, optimizer, batches, groups)
 
     plain = losses()
     found = losses(fp8="hybrid", fp8_recipe=recipe)

@@ -119,6 +119,7 @@ def products_of(rank: int, world_size: int, layout: Layout) -> int:
     "layout",
     [
         Layout(pp=2, tp=2, sp=True, layers=4, schedule="zbv", accumulation=3),
+        Layout(pp=2, tp=2, sp=True, overlap=True, layers=4, schedule="zbv", accumulation=3),
         Layout(pp=2, moe="gated", layers=4, schedule="zbv", accumulation=3),
     ],
     ids=lambda layout: layout.name,

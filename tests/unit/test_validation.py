@@ -531,7 +531,7 @@ def test_one_rank_has_nothing_to_overlap_with() -> None:
     assert "--sequence-parallel and --tp-comm-overlap: switched off" in "".join(run.notices)
 
 
-@pytest.mark.parametrize("flag", ["recompute", "overlap", "engine", None])
+@pytest.mark.parametrize("flag", ["recompute", "engine", None])
 def test_schedules_that_cannot_split_gradients_say_so(flag: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutation: one of the reasons forgotten."""
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -539,7 +539,6 @@ def test_schedules_that_cannot_split_gradients_say_so(flag: str | None, monkeypa
     split = {"tensor_model_parallel_size": "2", "sequence_parallel": None, "global_batch_size": "16"}
     changes: dict[str | None, dict[str, str | None]] = {
         "recompute": {"recompute_granularity": "selective"},
-        "overlap": {"tp_comm_overlap": None},
         "engine": {"transformer_impl": "transformer_engine"},
     }
     run = build_run_config(read_settings([*words(**stages, **split, **changes.get(flag, {})), "--dry-run"]))
