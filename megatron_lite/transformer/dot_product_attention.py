@@ -19,6 +19,7 @@ from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_parameter
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker
+from megatron_lite.transformer.attention_masks import visible_positions, with_sinks
 from megatron_lite.transformer.enums import AttnMaskType
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.transformer_config import TransformerConfig, cp_comm_type_of, normal_init, uses_window
@@ -258,7 +259,7 @@ class DotProductAttention(MegatronModule):
             visible = visible & ~mask
         if visible is not None and sinks is not None:
             key, value = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (key, value))
-            visible = _with_sinks(visible, sinks, query.dtype)
+            visible = with_sinks(visible, sinks, query.dtype)
         stream = get_cuda_rng_tracker().fork() if dropout > 0.0 else contextlib.nullcontext()
         kernels = sdpa_kernels(query.device, self.config.attention_backend, visible is not None)
         # Not in an ExitStack, which torch.compile cannot follow.
@@ -370,14 +371,6 @@ def _heads_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _with_sinks(visible: Tensor, sinks: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of the keys, and of one more key behind them: [1 or b, n, sq, sk + 1] in `dtype`."""
-    hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -math.inf)
-    shape = (*torch.broadcast_shapes(visible.shape[:-2], (1, sinks.size(0))), *visible.shape[-2:])
-    column = sinks.to(dtype).view(1, -1, 1, 1).expand(*shape[:-1], 1)
-    return torch.cat((hidden.expand(shape), column), dim=-1)
-
-
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
     """What the kernels of blocks take for granted. CPU's would read other memory where it does not hold."""
     q, k, v = (list(x.shape) for x in (query, key, value))
@@ -395,25 +388,3 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> No
             f"query, key and value have the shapes {q}, {k} and {v}, but keys and values must have one shape, which "
             "differs from that of the queries in the number of heads only, and this must divide theirs."
         )
-
-
-def visible_positions(
-    query_length: int,
-    key_length: int,
-    causal: bool,
-    window_size: tuple[int, int] | None,
-    device: torch.device,
-) -> Tensor:
-    """The mask [sq, sk] of the key positions each query may look at.
-
-    The last query stands at the last key: a decoding step brings fewer queries than there are keys in the cache.
-    """
-    left, right = window_size or (-1, -1)
-    queries = torch.arange(key_length - query_length, key_length, device=device).unsqueeze(1)
-    keys = torch.arange(key_length, device=device).unsqueeze(0)
-    visible = keys <= queries if causal else torch.ones(query_length, key_length, dtype=torch.bool, device=device)
-    if left >= 0:
-        visible = visible & (keys >= queries - left)
-    if right >= 0:
-        visible = visible & (keys <= queries + right)
-    return visible
