@@ -80,17 +80,20 @@ def grouped_linear(
     """
     _, size_out, size_in = weight.shape
     chosen = choose_backend(x.dtype, x.device, size_in, size_out, backend) if x.size(0) else "loop"
-    if chosen == "transformer_engine" and fp8 is not None:
+    compiling = torch.compiler.is_compiling()
+    if chosen == "transformer_engine" and (fp8 is not None or compiling):
         chosen = choose_backend(x.dtype, x.device, size_in, size_out, "torch")
     if chosen == "transformer_engine":
         rows = x if before is None else before.function(x, before.factor)
         return _transformer_engine(rows, gates_then_ups(weight, 1) if gates_first else weight, tokens_per_expert)
     function, factor = (None, None) if before is None else before
-    products = _PRODUCTS[chosen] if fp8 is None else fp8(_PRODUCTS[chosen])
+    products = _in_one_piece(chosen) if compiling else _PRODUCTS[chosen]
+    products = products if fp8 is None else fp8(products)
     products = _gates_first(products) if gates_first else products
     return _GroupedLinear.apply(x, factor, weight, tokens_per_expert, function, products)  # type: ignore[no-any-return]
 
 
+@torch.compiler.assume_constant_result
 def choose_backend(dtype: torch.dtype, device: torch.device, size_in: int, size_out: int, backend: str = "auto") -> str:
     """The backend for [m, size_in] -> [m, size_out]: the best that is there and takes these sizes; at last the loop.
 
@@ -298,6 +301,24 @@ def _transformer_engine_module(experts: int, size_out: int, size_in: int, dtype:
     """Transformer Engine's layer of these sizes, without weights of its own: each call lends it ours."""
     layer = importlib.import_module("transformer_engine.pytorch").GroupedLinear
     return layer(experts, size_in, size_out, bias=False, params_dtype=dtype, device="meta")  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("megatron_lite::grouped_product", mutates_args=())
+def _grouped_product(which: str, backend: str, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """One of the products of a backend, which torch.compile takes as it is: it may read the counts on the host."""
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = getattr(_PRODUCTS[backend], which)
+    return product(a.contiguous(), b.contiguous(), counts).contiguous()
+
+
+@_grouped_product.register_fake
+def _(which: str, backend: str, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    if which == "grad_weight":
+        return a.new_empty(counts.numel(), a.size(1), b.size(1))
+    return a.new_empty(a.size(0), b.size(1 if which == "forward" else 2))
+
+
+def _in_one_piece(backend: str) -> Products:
+    return Products(*(functools.partial(_grouped_product, which, backend) for which in Products._fields))
 
 
 _PRODUCTS = {"torch": _torch, "grouped_gemm": _grouped_gemm, "loop": _loop}

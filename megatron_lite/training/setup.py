@@ -92,15 +92,13 @@ def build_model(
 
 
 def compile_layer(layer: TransformerLayer, backend: str = "inductor") -> None:
-    """Compile a layer as one region; of one with experts the attention, and what their activation is made of.
-
-    How many rows an expert gets, and the exchange of tokens, are known only as they come.
-    """
-    if not isinstance(layer.mlp, MoELayer):
+    """Compile a layer as one region; of one with experts, where that cannot be (MoELayer.is_one_region), the parts."""
+    layer.is_compiled = True
+    if not isinstance(layer.mlp, MoELayer) or layer.mlp.is_one_region:
         layer.compile(fullgraph=True, backend=backend)
         return
-    layer.self_attention.compile(fullgraph=True, backend=backend)
-    layer.mlp.experts.compile_rows(backend)
+    layer.attend = torch.compile(layer.attend, fullgraph=True, backend=backend)  # type: ignore[method-assign]
+    layer.mlp.compile_parts(backend)
 
 
 def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.device) -> list[nn.Module]:

@@ -1,5 +1,7 @@
 """One pre-norm transformer layer."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,9 +48,13 @@ class TransformerLayer(MegatronModule):
         hidden_dropout: default config.hidden_dropout.
         rotary_interleaved: pairing of the channels that rotary embeddings rotate, but in latent attention.
         pg_collection: process groups, default the global ones.
+
+    Attributes:
+        is_compiled: by torch, all of it or in parts (set by who compiles it).
     """
 
     config: TransformerConfig
+    is_compiled: bool = False
 
     def __init__(
         self,
@@ -98,13 +104,17 @@ class TransformerLayer(MegatronModule):
         Returns:
             The new residual stream, shaped and typed like hidden_states.
         """
-        normed = self._norm(self.input_layernorm, hidden_states)
-        attended = self.self_attention(normed, attention_mask, rotary_pos_emb, inference_context, packed_seq_params)
-        hidden_states = self._add(attended, hidden_states, normed)
-
-        normed = self._norm(self.pre_mlp_layernorm, hidden_states)
+        hidden_states, normed = self.attend(
+            hidden_states, attention_mask, rotary_pos_emb, inference_context, packed_seq_params
+        )
         transformed = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
         return self._add(transformed, hidden_states, normed)
+
+    def attend(self, hidden_states: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+        """The first half of the layer: the residual stream behind attention, and what goes into the MLP, its norm."""
+        normed = self._norm(self.input_layernorm, hidden_states)
+        hidden_states = self._add(self.self_attention(normed, *context), hidden_states, normed)
+        return hidden_states, self._norm(self.pre_mlp_layernorm, hidden_states)
 
     def _norm(self, norm: MegatronModule, residual: Tensor) -> Tensor:
         normed = checkpoint(norm, False, residual) if self.recompute_layernorm and self.training else norm(residual)

@@ -50,7 +50,7 @@ class MoELayer(MegatronModule):
             raise ConfigError("num_moe_experts is None, but an MoELayer needs experts; set it, or build an MLP.")
         num_local_experts = divide(config.num_moe_experts, group_size(groups.ep))
         self.layer_number = layer_number
-        self.tp_group = groups.tp
+        self.tp_group, self.data_parallel_group = groups.tp, groups.expt_dp
         self.router = TopKRouter(config, groups, layer_number)
         self.experts = GroupedMLP(num_local_experts, config, groups)
         self.token_dispatcher = build_token_dispatcher(config, num_local_experts, groups)
@@ -77,6 +77,23 @@ class MoELayer(MegatronModule):
         if self.shared_experts is None or shared is None:
             return output
         return output + self.shared_experts.wait(shared)
+
+    @property
+    def is_one_region(self) -> bool:
+        """Whether torch.compile can follow all of it, products included.
+
+        Not where tokens travel to other ranks, which are as many as they are; where the experts are sharded by
+        themselves, with work around them; nor where a part of it is for the host to do.
+        """
+        travel = self.token_dispatcher.size > 1 or group_size(self.data_parallel_group) > 1
+        beside = self.config.moe_shared_expert_overlap and self.shared_experts is not None
+        return self.router.is_traceable and not (travel or beside or self.experts.recompute_activation)
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Where it is not one region: compile the router, unless the host has a part in it, and the activation."""
+        if self.router.is_traceable:
+            self.router.compile(fullgraph=True, backend=backend)
+        self.experts.compile_rows(backend)
 
     @property
     def _splits_tokens(self) -> bool:

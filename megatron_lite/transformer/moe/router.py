@@ -162,6 +162,16 @@ class TopKRouter(MegatronModule):
         weights.router_logits = logits  # type: ignore[attr-defined]  # for compute_aux_loss; lives as long as they do
         return weights, indices
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether torch.compile can follow it.
+
+        Not Sinkhorn's iteration, which ends when the data say so; noise from a stream of one tensor parallel rank;
+        counts that begin anew with a step; nor a forward that is computed again without counting, so differently.
+        """
+        noise = self.config.moe_input_jitter_eps is not None or self.config.moe_router_force_load_balancing
+        return not (self.sinkhorn or noise or self.is_recomputed or "global_aux_loss" in self.coefficients)
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """[..., h] -> [..., E] in the router's dtype."""
         dtype = self._compute_dtype(hidden)

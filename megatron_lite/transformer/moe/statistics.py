@@ -38,8 +38,12 @@ def records(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled() and not is_recomputation()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass, to make activations that were not kept."""
+    """Whether this forward runs inside a backward pass, to make activations that were not kept.
+
+    To torch.compile a constant: routers that are computed again are not compiled.
+    """
     return torch._C._current_graph_task_id() != -1
 
 

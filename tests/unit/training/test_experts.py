@@ -32,11 +32,11 @@ def _one_process():
     parallel_state.shutdown()
 
 
-def small_model(**changes) -> nn.Module:
+def small_model(compile_layers: bool = False, **settings) -> nn.Module:
     """Two layers, of which the second has experts, built as for training."""
     config = TransformerConfig(
         num_layers=2, hidden_size=16, num_attention_heads=2, num_moe_experts=4, moe_layer_freq=[0, 1],
-        moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid", **settings,
     )  # fmt: skip
     ddp = DistributedDataParallelConfig()
     (model,) = setup.build_model(
@@ -47,7 +47,7 @@ def small_model(**changes) -> nn.Module:
         max_sequence_length=16,
         device=torch.device("cpu"),
         seed=1,
-        **changes,
+        compile_layers=compile_layers,
     )
     return model
 
@@ -96,16 +96,38 @@ def test_buffers_survive_being_built_without_storage(monkeypatch):
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_what_is_compiled_of_a_layer_with_experts(monkeypatch):
-    """The attention and the experts' activation. Mutation: compile every layer whole."""
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, ["TransformerLayer"]),
+        (
+            {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 8},
+            ["attend", "TopKRouter", "rows"],
+        ),
+        ({"moe_input_jitter_eps": 0.1}, ["attend", "rows"]),
+        ({"recompute_granularity": "full", "recompute_method": "uniform"}, ["attend", "rows"]),
+        ({"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1}, ["attend", "rows"]),
+    ],
+)
+@pytest.mark.usefixtures("_one_process")
+def test_what_is_compiled_of_a_layer_with_experts(monkeypatch, settings, parts):
+    """The second layer has experts. Mutations: always whole; the router though it draws noise."""
     compiled = []
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda module, **options: compiled.append((type(module).__name__, options))
-    )
-    monkeypatch.setattr(GroupedMLP, "compile_rows", lambda *given: compiled.append("activation"))
-    small_model(compile_layers=True)
-    whole = {"fullgraph": True, "backend": "inductor"}
-    assert compiled == [("TransformerLayer", whole), ("SelfAttention", whole), "activation"]
+
+    def compile_module(module, **options):
+        compiled.append(type(module).__name__)
+        assert options == {"fullgraph": True, "backend": "inductor"}
+
+    def compile_function(function, **options):
+        compiled.append(function.__name__)
+        assert options == {"fullgraph": True, "backend": "inductor"}
+        return function
+
+    monkeypatch.setattr(nn.Module, "compile", compile_module)
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(GroupedMLP, "compile_rows", lambda *given: compiled.append("rows"))
+    small_model(compile_layers=True, **settings)
+    assert compiled == ["TransformerLayer", *parts]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megatron_lite.transformer.mlp import MLP
 from megatron_lite.transformer.moe import flex_dispatcher
 from megatron_lite.transformer.moe.capacity import expert_capacity, pairs_within_capacity
 from megatron_lite.transformer.moe.moe_layer import MoELayer
+from megatron_lite.transformer.moe.statistics import SUMS
 from megatron_lite.transformer.moe.token_dispatcher import build_token_dispatcher
 from megatron_lite.transformer.transformer_block import TransformerBlock
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -51,6 +52,46 @@ def filled(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.normal_(std=0.3)
     return module
+
+
+WHOLE: list[dict[str, Any]] = [
+    {},
+    {"gated_linear_unit": True, "moe_grouped_gemm": True, "fp64": False},
+    {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2,
+     "moe_router_group_topk": 1, "moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True,
+     "moe_aux_loss_coeff": 0.1, "moe_router_load_balancing_type": "seq_aux_loss", "moe_z_loss_coeff": 0.1},
+    {"moe_router_type": "gmlp", "add_bias_linear": True, "moe_aux_loss_coeff": 0.1},
+    {"moe_expert_capacity_factor": 0.6},
+    {"moe_expert_capacity_factor": 2.5, "moe_pad_expert_input_to_capacity": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WHOLE, ids=str)
+def test_a_compiled_layer_is_one_region(settings: dict[str, Any]) -> None:
+    """Output, gradients and what its router counts are those of the layer as it is, for other tokens too.
+
+    Mutations: grad_weight with its operands exchanged; a fake result of another shape.
+    """
+    torch._dynamo.reset()
+    layers = [filled(TransformerLayer(config(num_layers=1, **settings), layer_number=1)) for _ in range(2)]
+    assert all(layer.mlp.is_one_region for layer in layers)
+    layers[1].compile(fullgraph=True, backend="aot_eager")
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if settings.get("fp64") is False else {"rtol": 1e-11, "atol": 1e-11}
+    dtype = layers[0].config.params_dtype
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        x = torch.randn(6, 2, 16, dtype=dtype)
+        found = []
+        for layer in layers:
+            given = x.clone().requires_grad_()
+            output = layer(given)
+            layer.zero_grad()
+            output.square().sum().backward()
+            found.append([output, given.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, **tolerance)
+    (*_, sums) = layers[1].buffers()
+    assert sums[SUMS.index("tokens")] == 24
 
 
 def dense(layer: MoELayer, x: Tensor) -> Tensor:
