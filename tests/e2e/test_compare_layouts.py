@@ -68,6 +68,7 @@ def test_tensor_and_pipeline_parallelism_are_equal(capfd: pytest.CaptureFixture[
     assert len(re.findall(r"^(?:loss|gradient norm), step [12] .* \d\.\de[+-]\d\d$", output, re.MULTILINE)) == 4
 
 
+@pytest.mark.full
 def test_other_initial_weights_are_found_at_the_embedding(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,7 @@ def test_parallel_groups_of_an_imagined_world() -> None:
     assert rows["expert data"] == "77, 93, 109, 125"
 
 
+@pytest.mark.full
 def test_torchrun() -> None:
     """As the README of the examples says, with a real launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -14,6 +14,7 @@ SINKS += ["--softmax-type", "learnable", "--window-size", "15,0", "--window-attn
 SINKS += ["--glu-linear-offset", "1", "--activation-func-clamp-value", "7", "--attention-output-gate"]
 
 
+@pytest.mark.full
 def test_a_small_deepseek_trains_resumes_and_moves(tmp_path):
     """TP 2 x EP 2, then PP 2, then PP 2 x EP 2 in a V: equal in float64, the loss of the token after the next too.
 

@@ -31,13 +31,13 @@ def test_four_ranks_equal_one_process(tmp_path):
 
     Mutation: finalize_model_grads that returns at once makes the first gradient norm differ.
     """
-    shared = ["--config", "configs/quickstart.yaml", "--fp64", "--mock-data", "--train-iters", "20"]
+    shared = ["--config", "configs/quickstart.yaml", "--fp64", "--mock-data", "--train-iters", "8"]
     shared += ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--seq-length", "64"]
     shared += ["--vocab-size", "1000", "--eval-iters", "1", "--num-workers", "0", "--save-interval", "1000"]
     pretrain(4, *shared, "--tensor-model-parallel-size", "2", "--metrics-jsonl", str(tmp_path / "a.jsonl"))
     pretrain(1, *shared, "--metrics-jsonl", str(tmp_path / "b.jsonl"))
     four, one = (training_metrics(tmp_path / name, "lm_loss", "grad_norm") for name in ("a.jsonl", "b.jsonl"))
-    assert len(four) == len(one) == 20
+    assert len(four) == len(one) == 8
     for (iteration, *found), (_, *wanted) in zip(four, one, strict=True):
         assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
     assert one[-1][1] < one[0][1]
@@ -123,15 +123,20 @@ AXES = {
 }
 
 
-@pytest.mark.parametrize("axis", ["all", *(pytest.param(axis, marks=pytest.mark.full) for axis in AXES)])
+@pytest.mark.parametrize(
+    "axis", ["four ranks", *(pytest.param(axis, marks=pytest.mark.full) for axis in ("all", *AXES))]
+)
 def test_every_axis_resumes_bit_for_bit(tmp_path, axis):
     """Half-precision with a moving loss scale, dropout, a growing batch, experts with a bias: after a resume every
     number is that of the uninterrupted run, and an iteration repeated for diagnosis gives its numbers too.
 
-    By default on all axes at once, on eight ranks; each alone, on two, with --full-matrix. Mutations: loss scale or its
-    count of good steps not saved; expert bias not saved; random streams of the first rank on all.
+    By default tensor, pipeline and expert parallelism at once, on four ranks; with --full-matrix all axes, on eight,
+    and each alone, on two. Mutations: loss scale or its count of good steps not saved; expert bias not saved; random
+    streams of the first rank on all.
     """
     ranks, layout = 2, AXES.get(axis, [])
+    if axis == "four ranks":
+        ranks, layout = 4, [*AXES["tensor"], *AXES["pipeline"], *AXES["expert"], "--expert-tensor-parallel-size", "1"]
     if axis == "all":
         ranks, layout = 8, [*AXES["expert tensor"], *AXES["context"], *AXES["pipeline"], *AXES["expert"]]
         layout += AXES["shards"]
@@ -296,7 +301,9 @@ def test_not_a_number_stops_and_keeps_the_weights(tmp_path):
     assert int((tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text()) < int(stopped[1])
 
 
-@pytest.mark.parametrize("mode", ["bf16", "fp16", "compile", "recompute", "ramp-up", "samples"])
+@pytest.mark.parametrize(
+    "mode", ["bf16", "fp16", pytest.param("compile", marks=pytest.mark.full), "recompute", "ramp-up", "samples"]
+)
 def test_modes_train(tmp_path, mode):
     """Each mode runs to its end on one process and lowers the loss."""
     flags = {

@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh from nothing to a sample of text, shortened, and once more."""
+"""scripts/quickstart.sh from nothing to a sample of text, shortened, and once more (with --full-matrix)."""
 
 import os
 import subprocess
@@ -28,8 +28,8 @@ def quickstart(folder, *arguments: str) -> str:
     return done.stdout
 
 
-def test_quickstart_trains_reports_and_resumes(tmp_path):
-    """All its files are there, the loss falls, the second call goes on where the first one stopped."""
+def test_quickstart_trains_and_reports(tmp_path):
+    """All its files are there, and the loss falls."""
     output = quickstart(tmp_path, "--train-iters", "8", "--save-interval", "8")
     for name in ("corpus.jsonl", "tokenizer.model", "corpus_text_document.idx", "loss.png", "metrics.jsonl"):
         assert (tmp_path / name).stat().st_size > 0, name
@@ -40,6 +40,11 @@ def test_quickstart_trains_reports_and_resumes(tmp_path):
     metrics = training_metrics(tmp_path / "metrics.jsonl", "lm_loss")
     assert metrics[-1][1] < metrics[0][1]
 
+
+@pytest.mark.full
+def test_quickstart_resumes(tmp_path):
+    """The second call goes on where the first one stopped, on the same corpus."""
+    quickstart(tmp_path, "--train-iters", "8", "--save-interval", "8")
     output = quickstart(tmp_path, "--train-iters", "10", "--override-opt_param-scheduler")
     assert "successfully loaded checkpoint" in output
     assert [entry[0] for entry in training_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 11))

@@ -386,16 +386,22 @@ def test_every_family_of_layers_meets_every_axis():
 
 # The all-to-all, because dropout acts on the probabilities too.
 EVALUATED = [
+    Layout(tp=2, sp=True, cp=2, comm="a2a", strategy="optim_grads_params", query_groups=2),
+    Layout(pp=2, dp=2, schedule="zbv", layers=4, accumulation=3, strategy="optim_grads_params"),
+]
+EVALUATED_IN_FULL = [
     Layout(tp=2, sp=True, normalization="RMSNorm"),
     Layout(dp=4, strategy="optim_grads_params", accumulation=3, normalization="RMSNorm"),
     Layout(tp=2, sp=True, dp=4, strategy="optim_grads_params", replicas=2, query_groups=4, positions="rope"),
-    Layout(tp=2, sp=True, cp=2, comm="a2a", strategy="optim_grads_params", query_groups=2),
-    Layout(pp=2, dp=2, schedule="zbv", layers=4, accumulation=3, strategy="optim_grads_params"),
     Layout(pp=2, tp=2, schedule="interleaved", chunks=2, layers=4, accumulation=1),
 ]
 
 
-@pytest.mark.parametrize("layout", EVALUATED, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout",
+    [*EVALUATED, *(pytest.param(one, marks=pytest.mark.full) for one in EVALUATED_IN_FULL)],
+    ids=lambda layout: layout.name,
+)
 def test_evaluation_equals_one_process_and_moves_nothing(pool, layout):
     """T55: the held-out loss at every layout, and dropout draws on as if nobody had evaluated.
 

@@ -42,7 +42,7 @@ LAYOUTS = [
     Layout(**MODEL, tp=2, sp=True, cp=2, pp=2, accumulation=6),
 ]
 STEP = 2
-BY_DEFAULT = (2, 5, 11)
+BY_DEFAULT = (2, 11)
 
 
 def make(layout: Layout) -> tuple[list[nn.Module], MegatronOptimizer]:

@@ -112,28 +112,35 @@ def test_rate_is_of_processor_time_on_a_cpu_and_of_the_clock_on_a_gpu():
 
 
 def test_report(tmp_path, capsys):
-    """One round of one step a side, in processes of their own: every field is there and the sides agree."""
+    """One round of one step a side, in processes of their own: every field is there and the sides agree.
+
+    Tensor parallel ranks too; --nproc-per-node among the flags says how many there are.
+    """
     output = tmp_path / "results" / "small"
     words = ["--config", str(ROOT / "benchmarks/configs/gpt_cpu.yaml"), *SMALL, "--dtype", "bf16"]
+    two = "--nproc-per-node 2 --tensor-model-parallel-size 2"
     settings = ["--steps", "1", "--rounds", "1", "--warmup", "0", "--breakdown", "--output", str(output)]
-    assert tool().main([*words, *settings]) == 0
+    assert tool().main([*words, "--against", "plain", two, *settings]) == 0
     result = json.loads(output.with_name("small.json").read_text())
     assert {"date", "commit", "cpu", "cores", "threads", "torch", "omp_wait_policy"} <= result["environment"].keys()
     assert result["settings"] == {"steps": 1, "rounds": 1, "warmup": 0, "threads": 1}
     (case,) = result["cases"]
     assert (case["dtype"], case["compiled"], case["tokens_per_step"]) == ("bfloat16", False, 32)
-    ours, plain = case["sides"]
-    for side in (ours, plain):
+    ours, plain, split = case["sides"]
+    assert [side["ranks"] for side in case["sides"]] == [1, 1, 2]
+    for side in (ours, plain, split):
         assert side["rates"] == [side["tokens_per_cpu_second"]]
         assert 0 < side["mfu"] < 1
         assert side["peak_memory_bytes"] > 50 * 2**20
         assert len(side["windows"]) == 1
     assert ours["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-3)
+    assert ours["last_loss"] == pytest.approx(split["last_loss"], rel=1e-3)
     assert ours["mfu"] / plain["mfu"] == pytest.approx(ours["rates"][0] / plain["rates"][0])
     assert case["ratios"]["plain torch"] == [ours["rates"][0] / plain["rates"][0]]
     page = output.with_name("small.md").read_text()
     assert page == capsys.readouterr().out
-    assert page.count("| bfloat16 | eager |") == 4  # in the table of speed, and in that of the breakdown
+    assert f"with {two}" in page
+    assert page.count("| bfloat16 | eager |") == 6  # in the table of speed, and in that of the breakdown
     assert all(side["breakdown_ms"]["matrix products"] > 0 for side in (ours, plain))
 
 
@@ -185,19 +192,6 @@ def test_sides():
     assert [side.contender for side in (ours, plain, other)] == ["megatron_lite", "plain", "megatron_lite"]
     assert other.arguments == (*SMALL, "--normalization", "RMSNorm")
     assert len(tool().sides_of(list(SMALL), ["nothing"])) == 1
-
-
-def test_a_side_on_two_ranks(tmp_path, capsys):
-    """Tensor parallel ranks reach the loss of one process; --nproc-per-node among the flags says how many there are."""
-    output = tmp_path / "two"
-    two = "--nproc-per-node 2 --tensor-model-parallel-size 2"
-    settings = ["--steps", "1", "--rounds", "1", "--warmup", "0", "--output", str(output)]
-    assert tool().main([*SMALL, "--against", two, *settings]) == 0
-    (case,) = json.loads(output.with_name("two.json").read_text())["cases"]
-    one, other = case["sides"]
-    assert (one["ranks"], other["ranks"]) == (1, 2)
-    assert one["last_loss"] == pytest.approx(other["last_loss"], rel=1e-5)
-    assert f"with {two}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
