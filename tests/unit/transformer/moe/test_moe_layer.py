@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.errors import ConfigError
 from megatron_lite.process_groups import ProcessGroupCollection
+from megatron_lite.training.setup import compile_layer
 from megatron_lite.transformer import moe
 from megatron_lite.transformer.mlp import MLP
-from megatron_lite.transformer.moe import flex_dispatcher
+from megatron_lite.transformer.moe import auxiliary_losses, flex_dispatcher
 from megatron_lite.transformer.moe.capacity import expert_capacity, pairs_within_capacity
 from megatron_lite.transformer.moe.moe_layer import MoELayer
 from megatron_lite.transformer.moe.statistics import SUMS
@@ -72,7 +73,7 @@ WHOLE: list[dict[str, Any]] = [
 def test_a_compiled_layer_is_one_region(settings: dict[str, Any], backend: str) -> None:
     """Output, gradients and what its router counts are those of the layer as it is, for other tokens too.
 
-    Mutations: grad_weight with its operands exchanged; a fake result of another shape.
+    Mutations: another grad_weight; a fake result of another shape; the losses' scale of the first step for ever.
     """
     torch._dynamo.reset()
     layers = [filled(TransformerLayer(config(num_layers=1, **settings), layer_number=1)) for _ in range(2)]
@@ -81,6 +82,7 @@ def test_a_compiled_layer_is_one_region(settings: dict[str, Any], backend: str) 
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if settings.get("fp64") is False else {"rtol": 1e-11, "atol": 1e-11}
     dtype = layers[0].config.params_dtype
     for seed in (1, 2):
+        auxiliary_losses.begin_step(torch.tensor(float(seed)))
         torch.manual_seed(seed)
         x = torch.randn(6, 2, 16, dtype=dtype)
         found = []
@@ -92,8 +94,27 @@ def test_a_compiled_layer_is_one_region(settings: dict[str, Any], backend: str) 
             found.append([output, given.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, **tolerance)
+    auxiliary_losses.begin_step(None)
     (*_, sums) = layers[1].buffers()
     assert sums[SUMS.index("tokens")] == 24
+
+
+@pytest.mark.parametrize(("settings", "regions"), [({}, 1), ({"moe_input_jitter_eps": 0.1}, 2)], ids=str)
+def test_all_layers_share_what_is_compiled(settings: dict[str, Any], regions: int) -> None:
+    """Torch compiles a function 8 times at most. Mutation: a region that reads its layer's number."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def keep(graph: Any, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(4, 2, 16, dtype=torch.float64, requires_grad=True)
+    for number in range(1, 11):
+        layer = filled(TransformerLayer(config(num_layers=10, moe_aux_loss_coeff=0.1, **settings), number))
+        compile_layer(layer, keep)  # type: ignore[arg-type]
+        x = layer(x)
+    assert len(graphs) == regions
 
 
 def dense(layer: MoELayer, x: Tensor) -> Tensor:
