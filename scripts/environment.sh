@@ -34,12 +34,10 @@ ensure_environment() {
             "$python" -m venv "$VENV" || return 1
         fi
         echo "Installing torch $TORCH_VERSION and megatron_lite[$extras] (once; a minute or two)"
-        # Python compiles what it imports by itself; of these packages that is a small part.
-        local install=("$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile)
         if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
-            "${install[@]}" "torch==$TORCH_VERSION" || return 1
+            "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$TORCH_VERSION" || return 1
         fi
-        "${install[@]}" -e "$REPO[$extras]" || return 1
+        "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e "$REPO[$extras]" || return 1
         echo "$wanted" > "$stamp"
     fi
     export PATH="$VENV/bin:$PATH"
