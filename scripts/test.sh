@@ -10,9 +10,12 @@ ensure_environment dev
 echo "== ruff"
 ruff check .
 ruff format --check .
+# Beside the tests, as it uses one core.
 echo "== mypy"
-mypy megatron_lite pretrain_gpt.py tools
+mypy megatron_lite pretrain_gpt.py tools &
+types=$!
 # Three test files at a time: their worker processes wait for each other a good part of the time, so two leave cores idle. In the order of their
 # names, so that the long ones, which run command lines, do not come last.
 echo "== pytest"
 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+wait "$types" || { echo "mypy found errors, see above" >&2; exit 1; }

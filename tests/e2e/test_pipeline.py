@@ -41,6 +41,7 @@ def train_and_move(
     return output
 
 
+@pytest.mark.full
 def test_stages_train_resume_and_move(tmp_path):
     """PP 2 x TP 2, then four chunks in a V on two ranks with FSDP: equal in float64.
 

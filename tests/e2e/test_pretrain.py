@@ -26,6 +26,7 @@ END = 126  # of a document: the last id of the vocabulary of TINY
 NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
 
 
+@pytest.mark.full
 def test_four_ranks_equal_one_process(tmp_path):
     """The quickstart model at TP 2 x DP 2 (with sequence parallelism) and on one process: equal losses in float64.
 
@@ -82,6 +83,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, request, how):
     assert _validation(tmp_path / "killed.jsonl") == _validation(tmp_path / "whole.jsonl")
 
 
+@pytest.mark.full
 def test_saving_in_the_background_changes_nothing(tmp_path):
     """Two tensor parallel ranks: metrics equal bit for bit, and so is what follows from its checkpoint, verified."""
     arguments = [*TINY, "--tensor-model-parallel-size", "2", "--train-iters", "9", "--hidden-dropout", "0.1"]
@@ -210,7 +212,11 @@ def test_context_parallel_run_resumes_and_reshards(tmp_path):
     "flags",
     [
         pytest.param(["--seq-length", "32", "--reset-position-ids"], id="documents"),
-        pytest.param(["--seq-length", "30", "--pad-to-multiple", "--no-calculate-per-token-loss"], id="padded"),
+        pytest.param(
+            ["--seq-length", "30", "--pad-to-multiple", "--no-calculate-per-token-loss"],
+            id="padded",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_documents_over_context_parallel_ranks(tmp_path, flags):
@@ -302,7 +308,13 @@ def test_not_a_number_stops_and_keeps_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode", ["bf16", "fp16", pytest.param("compile", marks=pytest.mark.full), "recompute", "ramp-up", "samples"]
+    "mode",
+    [
+        "bf16",
+        "fp16",
+        "ramp-up",
+        *(pytest.param(one, marks=pytest.mark.full) for one in ("compile", "recompute", "samples")),
+    ],
 )
 def test_modes_train(tmp_path, mode):
     """Each mode runs to its end on one process and lowers the loss."""

@@ -53,8 +53,8 @@ LAYOUTS = {
 }
 # What tests/parallel/test_layout_matrix.py does not have: replicas, shards that do not divide, one expert on a rank.
 # Layouts that are in no row of the layout matrix; the others run with --full-matrix.
-BY_DEFAULT = ("tp4-ep2-params", "tp2-cp2-ep4", "ep2-etp2-x2")
-OTHERS = ("cp2-ep2-etp2-none", "tp2-ep2-dp3", "tp2-ep2-etp2", "ep2-x2", "ep2-params", "tp4-ep2")
+BY_DEFAULT = ("tp4-ep2-params", "tp2-cp2-ep4")
+OTHERS = ("ep2-etp2-x2", "cp2-ep2-etp2-none", "tp2-ep2-dp3", "tp2-ep2-etp2", "ep2-x2", "ep2-params", "tp4-ep2")
 SGD = {"optimizer": "sgd", "lr": 0.1, "sgd_momentum": 0.9, "weight_decay": 0.1, "clip_grad": 0.5}
 
 

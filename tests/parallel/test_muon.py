@@ -165,6 +165,7 @@ def train(rank: int, world_size: int, layout: Layout, root: str, steps: range) -
     return losses, {name: whole(parameter) for name, parameter in optimizer.named_parameters.items()}
 
 
+@pytest.mark.full
 def test_a_run_resumes_bit_for_bit_and_moves_to_other_layouts(pool: WorkerPool, tmp_path: Path) -> None:
     """Two steps, a checkpoint, two more. Fails if the momentum stays behind or lands on other experts."""
     first = Layout(tp=2, sp=True, dp=2, strategy="optim", ep=2, etp=1, moe="aux", **MODEL)

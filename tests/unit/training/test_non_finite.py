@@ -62,7 +62,7 @@ def test_it_goes_on(broken: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert written(tmp_path / "a") == [(5, [16, 19], "skipped")]
 
 
-@pytest.mark.parametrize(("how", "interval"), [([], "1"), (["--async-save"], "4")])
+@pytest.mark.parametrize(("how", "interval"), [pytest.param([], "1", marks=pytest.mark.full), (["--async-save"], "4")])
 def test_it_goes_back(broken: None, monkeypatch, tmp_path: Path, capsys, how, interval) -> None:  # type: ignore[no-untyped-def]
     """To iteration 3, whose checkpoint was the last, with every random stream; from there on without those samples.
 

@@ -38,9 +38,13 @@ def first_loss(monkeypatch, path: Path, dense: Path, *words: str) -> float:
     [
         ([], []),
         (["--swiglu", "--disable-bias-linear"], ["--moe-router-topk", "3"]),
-        (["--swiglu"], ["--moe-layer-freq", "[0,1]"]),
+        pytest.param(["--swiglu"], ["--moe-layer-freq", "[0,1]"], marks=pytest.mark.full),
         (["--swiglu", "--position-embedding-type", "rope", "--mtp-num-layers", "2"], []),
-        (["--swiglu"], ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]),
+        pytest.param(
+            ["--swiglu"],
+            ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"],
+            marks=pytest.mark.full,
+        ),
         ([], ["--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
         pytest.param([], ["--moe-router-pre-softmax", "--moe-router-topk", "4"], marks=pytest.mark.full),
         pytest.param(["--swiglu"], HALVES, marks=pytest.mark.full),
