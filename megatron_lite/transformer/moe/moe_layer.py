@@ -82,8 +82,8 @@ class MoELayer(MegatronModule):
     def is_one_region(self) -> bool:
         """Whether torch.compile can follow all of it, products included.
 
-        Not where tokens travel to other ranks, which are as many as they are; where the experts are sharded by
-        themselves, with work around them; nor where a part of it is for the host to do.
+        Not where tokens travel, as how many come is known only then; where experts have copies on other ranks, since
+        FSDP gathers and reduces them inside the layer; nor where the host has a part in it.
         """
         travel = self.token_dispatcher.size > 1 or group_size(self.data_parallel_group) > 1
         beside = self.config.moe_shared_expert_overlap and self.shared_experts is not None

@@ -12,6 +12,7 @@ from megatron_lite.distributed import DistributedDataParallelConfig
 from megatron_lite.inference.context import InferenceContext
 from megatron_lite.inference.load_model import load_model
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
+from megatron_lite.pipeline_parallel.pipelined import PipelinedForwardBackward
 from megatron_lite.training import setup, step, train
 from megatron_lite.training.metrics import IterationRecord
 from megatron_lite.training.writers import Writers, console_line
@@ -111,7 +112,10 @@ def test_buffers_survive_being_built_without_storage(monkeypatch):
 )
 @pytest.mark.usefixtures("_one_process")
 def test_what_is_compiled_of_a_layer_with_experts(monkeypatch, settings, parts):
-    """The second layer has experts. Mutations: always whole; the router though it draws noise."""
+    """The second layer has experts; no backward pass of compiled layers is split.
+
+    Mutations: always whole; the router though it draws noise; pipelined.py that takes none for compiled.
+    """
     compiled = []
 
     def compile_module(module, **options):
@@ -126,8 +130,11 @@ def test_what_is_compiled_of_a_layer_with_experts(monkeypatch, settings, parts):
     monkeypatch.setattr(nn.Module, "compile", compile_module)
     monkeypatch.setattr(torch, "compile", compile_function)
     monkeypatch.setattr(GroupedMLP, "compile_rows", lambda *given: compiled.append("rows"))
-    small_model(compile_layers=True, **settings)
+    model = small_model(compile_layers=True, **settings)
     assert compiled == ["TransformerLayer", *parts]
+    split = SimpleNamespace(config=SimpleNamespace(gradients_together=None, schedule="zbv"))
+    assert PipelinedForwardBackward._splits_backward(split, small_model(**settings))  # type: ignore[arg-type]
+    assert not PipelinedForwardBackward._splits_backward(split, model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
