@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.ops.swiglu import gates_then_ups, swiglu
+from megatron_lite.ops.swiglu import gates_then_ups, split_gates, swiglu
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.tensor_parallel.parameters import local
@@ -32,8 +32,8 @@ def is_swiglu(config: TransformerConfig) -> bool:
     return config.gated_linear_unit and config.activation_func is F.silu and not changed
 
 
-def gated_activation(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
-    """[..., 2f], all gates and then all ups -> activation(gate) * (up + glu_linear_offset), [..., f].
+def gated_activation(config: TransformerConfig) -> Callable[[Tensor, bool], Tensor]:
+    """[..., 2f] and whether it is interleaved (split_gates) -> activation(gate) * (up + glu_linear_offset), [..., f].
 
     Both are cut off at activation_func_clamp_value, a gate above only, as gpt-oss does (OpenAI 2025, arXiv:2508.10925,
     section 2.2).
@@ -46,8 +46,8 @@ def gated_activation(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
         config.glu_linear_offset,
     )
 
-    def activate(gates_and_ups: Tensor) -> Tensor:
-        gate, up = gates_and_ups.chunk(2, dim=-1)
+    def activate(gates_and_ups: Tensor, interleaved: bool) -> Tensor:
+        gate, up = split_gates(gates_and_ups, interleaved)
         if clamp is not None:
             gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
         return activation(gate) * (up + offset if offset else up)
@@ -56,17 +56,17 @@ def gated_activation(config: TransformerConfig) -> Callable[[Tensor], Tensor]:
 
 
 def reorders_weight(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer makes its interleaved gates and ups two halves by reordering its weight, and not its output.
+    """Whether the interleaved rows of a weight are reordered before the product, gates first, for the activation.
 
-    The smaller of the two is reordered; but on a CPU reading every second number is several times slower than moving a
-    row of a weight.
+    A GPU reads every second number of the output at hardly any cost. On a CPU that takes several times as long as
+    neighbours do, and moving whole rows of the weight is cheaper, unless x has very few.
 
     Args:
         x: [..., in].
         weight: [..., out, in].
     """
     elements_of_output = x.numel() // max(x.size(-1), 1) * weight.size(-2)
-    return elements_of_output * (5 if x.device.type == "cpu" else 1) >= weight.numel()
+    return x.device.type == "cpu" and elements_of_output * 5 >= weight.numel()
 
 
 class MLP(MegatronModule):
@@ -128,14 +128,10 @@ class MLP(MegatronModule):
         """[s, b, h] -> [s, b, h]; under sequence parallelism [s/tp, b, h] -> [s/tp, b, h]."""
         if not self.gated:
             return self.linear_fc2(self.activation(self.linear_fc1(hidden_states)))
-        return self.linear_fc2(self.gated_activation(self._gates_and_ups(hidden_states)))
-
-    def _gates_and_ups(self, hidden_states: Tensor) -> Tensor:
-        """linear_fc1's output, all gates and then all ups: [s, b, 2f/tp]."""
         assert self.linear_fc1.weight is not None, "linear_fc1 allocates its weight"
         weight = local(self.linear_fc1.weight)
-        if reorders_weight(hidden_states, weight):
-            output, bias = self.linear_fc1(hidden_states, weight=gates_then_ups(weight, 0))
-            return output if bias is None else output + gates_then_ups(bias, 0)
-        output, bias = self.linear_fc1(hidden_states)
-        return gates_then_ups(output if bias is None else output + bias, -1)
+        gates_first = reorders_weight(hidden_states, weight)
+        output, bias = self.linear_fc1(hidden_states, weight=gates_then_ups(weight, 0) if gates_first else None)
+        if bias is not None:
+            output = output + (gates_then_ups(bias, 0) if gates_first else bias)
+        return self.linear_fc2(self.gated_activation(output, not gates_first))

@@ -1,5 +1,6 @@
 """GroupedMLP: the feed-forward blocks of this rank's experts, computed together in grouped products."""
 
+import functools
 from typing import Any
 
 import torch
@@ -183,14 +184,21 @@ class GroupedMLP(MegatronModule):
         self.fp8_fc1, self.fp8_fc2 = (one and one.compiled(backend) for one in (self.fp8_fc1, self.fp8_fc2))
 
     def _compute(self, rows: Tensor, row_probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        hidden = self._fc1(rows, tokens_per_expert)
-        weight = local_in_dtype(self.weight2, rows.dtype)
+        weight1, weight2 = local_in_dtype(self.weight1, rows.dtype), local_in_dtype(self.weight2, rows.dtype)
+        gates_first = self.gated and reorders_weight(rows, weight1)
+        hidden = grouped_linear(
+            rows, weight1, tokens_per_expert, self.backend, gates_first=gates_first, fp8=self.fp8_fc1
+        )
+        if self.bias1 is not None:
+            bias = local_in_dtype(self.bias1, rows.dtype)
+            hidden = add_grouped_bias(hidden, gates_then_ups(bias, 1) if gates_first else bias, tokens_per_expert)
+        activate = functools.partial(self.activate, interleaved=not gates_first)
         if self.recompute_activation:
-            before = Before(self.activate, row_probs)
-            output = grouped_linear(hidden, weight, tokens_per_expert, self.backend, before=before, fp8=self.fp8_fc2)
+            before = Before(activate, row_probs)
+            output = grouped_linear(hidden, weight2, tokens_per_expert, self.backend, before=before, fp8=self.fp8_fc2)
         else:
-            activated = self.activate(hidden, None if self.weighs_output else row_probs)
-            output = grouped_linear(activated, weight, tokens_per_expert, self.backend, fp8=self.fp8_fc2)
+            activated = activate(hidden, None if self.weighs_output else row_probs)
+            output = grouped_linear(activated, weight2, tokens_per_expert, self.backend, fp8=self.fp8_fc2)
             output = _weighted(output, row_probs) if self.weighs_output else output
         if self.bias2 is None:
             return output
@@ -198,22 +206,9 @@ class GroupedMLP(MegatronModule):
         factor = row_probs if self.adds_bias2 else torch.zeros_like(row_probs)
         return add_grouped_bias(output, local_in_dtype(self.bias2, rows.dtype), tokens_per_expert, factor)
 
-    def _fc1(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """What goes into the activation, [m, f/etp], gated [m, 2 f/etp] with all gates first."""
-        weight = local_in_dtype(self.weight1, rows.dtype)
-        gates_first = self.gated and reorders_weight(rows, weight)
-        output = grouped_linear(
-            rows, weight, tokens_per_expert, self.backend, gates_first=gates_first, fp8=self.fp8_fc1
-        )
-        if self.bias1 is not None:
-            bias = local_in_dtype(self.bias1, rows.dtype)
-            bias = gates_then_ups(bias, 1) if gates_first else bias
-            output = add_grouped_bias(output, bias, tokens_per_expert)
-        return gates_then_ups(output, -1) if self.gated and not gates_first else output
-
-    def _activate(self, hidden: Tensor, row_probs: Tensor | None) -> Tensor:
+    def _activate(self, hidden: Tensor, row_probs: Tensor | None, interleaved: bool) -> Tensor:
         """activation(hidden), or activation(gate) * up, times p if given: [m, f/etp] in the dtype of hidden."""
-        activated = self.gated_activation(hidden) if self.gated else self.activation(hidden)
+        activated = self.gated_activation(hidden, interleaved) if self.gated else self.activation(hidden)
         return activated if row_probs is None else _weighted(activated, row_probs)
 
     def extra_repr(self) -> str:

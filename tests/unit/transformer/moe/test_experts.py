@@ -78,7 +78,7 @@ def gradients(output: Tensor, experts: GroupedMLP, *inputs: Tensor) -> list[Tens
 @pytest.mark.parametrize("counts", [[2, 3, 4], [0, 5, 0], [0, 0, 0], [200, 0, 100]])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_equals_one_mlp_after_the_other(activation: str, counts: list[int], recompute: bool) -> None:
-    """Many rows reorder the weight of a gated fc1, few its output.
+    """Many rows reorder the weight of a gated fc1, few read its output as it is.
 
     Mutations: probabilities left out, or after the bias; gates and ups in halves; biases of the next expert.
     """
