@@ -156,6 +156,7 @@ def architecture_to_export(settings: dict[str, Any], folder: Path, tokenizer: To
         "sequence_parallel": False,
         "tp_comm_overlap": False,
         "transformer_impl": "auto",
+        "norm_impl": "torch",
         "cp_comm_type": None,
         "hierarchical_context_parallel_sizes": None,
     }

@@ -245,29 +245,33 @@ def _features(run: RunConfig) -> Iterator[str]:
         )
     if run.training.compile:
         yield from compilation_problems(run)
-    if sizes.transformer_impl == "transformer_engine":
-        yield from _transformer_engine(run)
-
-
-def _transformer_engine(run: RunConfig) -> Iterator[str]:
-    """What that package asks for."""
-    sizes, remedy = run.transformer, "write --transformer-impl auto or local"
-    if sizes.fp64:
-        yield f"transformer_impl is transformer_engine with fp64, which that package does not compute in: {remedy}."
-    if sizes.tp_comm_overlap:
+    if sizes.transformer_impl == "transformer_engine" and sizes.tp_comm_overlap:
         yield (
             "transformer_impl is transformer_engine with tp_comm_overlap, but its layers communicate by themselves: "
             "leave out --tp-comm-overlap, or write --transformer-impl local."
         )
-    if run.dry_run or sizes.fp64 or sizes.tp_comm_overlap:
-        return  # there is enough to mend
-    if importlib.util.find_spec("transformer_engine") is None:
+    elif sizes.transformer_impl == "transformer_engine":
+        yield from _package(run, "transformer_impl", "transformer_engine", "transformer_engine", "auto or local")
+    if sizes.norm_impl == "apex":
+        yield from _package(run, "norm_impl", "apex", "fused_layer_norm_cuda", "torch")
+    if run.optimizer.adam_impl == "apex":
+        yield from _package(run, "adam_impl", "apex", "amp_C", "torch")
+
+
+def _package(run: RunConfig, setting: str, name: str, module: str, otherwise: str) -> Iterator[str]:
+    """What the package `name` asks for, whose `module` computes what a setting says."""
+    remedy = f"write --{setting.replace('_', '-')} {otherwise}"
+    if run.transformer.fp64:
+        yield f"{setting} is {name} with fp64, which that package does not compute in: {remedy}."
+    elif run.dry_run:
+        return
+    elif importlib.util.find_spec(module) is None:
         yield (
-            "transformer_impl is transformer_engine, but that package is not installed here: install it (see "
-            f"docs/installation.md), or {remedy}."
+            f"{setting} is {name}, but that package is not installed here (there is no module {module}): install it, "
+            f"see docs/installation.md, or {remedy}."
         )
     elif not torch.cuda.is_available() or run.distributed.distributed_backend == "gloo":
-        yield f"transformer_impl is transformer_engine, but that package needs a GPU: {remedy}."
+        yield f"{setting} is {name}, but that package needs a GPU: {remedy}."
 
 
 def _huggingface(run: RunConfig) -> Iterator[str]:

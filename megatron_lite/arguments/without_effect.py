@@ -34,6 +34,11 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
         ("kv_channels", "rotary_interleaved"),
     ),
     (
+        "norms without --apply-layernorm-1p",
+        lambda run: not run.transformer.layernorm_zero_centered_gamma,
+        ("norm_impl",),
+    ),
+    (
         "--mtp-num-layers",
         lambda run: run.transformer.mtp_num_layers is not None,
         ("mtp_loss_scaling_factor",),
@@ -124,7 +129,7 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
     (
         "--optimizer adam or muon",
         lambda run: run.optimizer.optimizer in ("adam", "muon"),
-        ("adam_beta1", "adam_beta2", "adam_eps"),
+        ("adam_beta1", "adam_beta2", "adam_eps", "adam_impl"),
     ),
     (
         "--optimizer muon",

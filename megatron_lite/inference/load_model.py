@@ -65,6 +65,7 @@ def load_model(
         "sequence_parallel": False,
         "tp_comm_overlap": False,
         "transformer_impl": "auto",
+        "norm_impl": "torch",
         # Every package is not everywhere, and what one token gets must not depend on which others are there.
         "moe_token_dispatcher_type": "allgather",
         "moe_enable_deepep": False,

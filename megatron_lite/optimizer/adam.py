@@ -1,12 +1,14 @@
-"""AdamW by torch's fused kernel, with moments stored in fewer bits than they are computed in, or elsewhere."""
+"""AdamW by a fused kernel, with moments stored in fewer bits than they are computed in, or elsewhere."""
 
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_lite.ops import apex
 from megatron_lite.optimizer.host_moments import Moment, in_parts, through_device
 
 
@@ -15,6 +17,7 @@ def fused_adamw(
     gradients: list[Tensor],
     states: Sequence[dict[str, Tensor]],
     on_host: Sequence[bool],
+    impl: str = "torch",
     **how: Any,
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter, 2019) in place.
@@ -27,7 +30,8 @@ def fused_adamw(
         gradients: of their dtype.
         states: for each `exp_avg`, `exp_avg_sq` and `step`.
         on_host: for each whether the host keeps its moments.
-        how: arguments of torch.optim.adamw.adamw (lr, beta1, found_inf, ...).
+        impl: whose kernel, "torch" or "apex"; apex's is for float32, and for other shards it is torch's.
+        how: lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf.
     """
     kept = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
     converted = [{one.dtype for one in both} != {shard.dtype} for both, shard in zip(kept, shards, strict=True)]
@@ -37,7 +41,7 @@ def fused_adamw(
     def update(number: int, moments: list[Tensor]) -> None:
         part = parts[number]
         steps = [states[i]["step"] for i in part]
-        _step([shards[i] for i in part], [gradients[i] for i in part], moments[::2], moments[1::2], steps, **how)
+        _step(impl, [shards[i] for i in part], [gradients[i] for i in part], moments[::2], moments[1::2], steps, **how)
 
     through_device(
         [[Moment(one, on_host[i]) for i in part for one in kept[i]] for part in parts], shards[0].device, update
@@ -45,6 +49,7 @@ def fused_adamw(
 
 
 def _step(
+    impl: str,
     shards: list[Tensor],
     gradients: list[Tensor],
     means: list[Tensor],
@@ -54,7 +59,10 @@ def _step(
 ) -> None:
     exp_avgs = [mean.to(shard.dtype) for mean, shard in zip(means, shards, strict=True)]
     exp_avg_sqs = [square.to(shard.dtype) for square, shard in zip(squares, shards, strict=True)]
-    adamw(shards, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False, **how)
+    if impl == "apex" and shards[0].dtype == torch.float32:
+        apex.adamw(shards, gradients, exp_avgs, exp_avg_sqs, steps, **how)
+    else:
+        adamw(shards, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False, **how)
     for kept, one in zip(chain(means, squares), chain(exp_avgs, exp_avg_sqs), strict=True):
         if kept is not one:
             kept.copy_(one)

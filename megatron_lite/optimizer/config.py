@@ -44,6 +44,7 @@ class OptimizerConfig(Validated):
     adam_beta1: float = knob(0.9, "Decay of Adam's mean of gradients.")
     adam_beta2: float = knob(0.999, "Decay of Adam's mean of squared gradients.")
     adam_eps: float = knob(1e-8, "Added to Adam's denominator.")
+    adam_impl: str = knob("torch", "Whose fused kernel computes AdamW.", choices=("torch", "apex"))
     use_precision_aware_optimizer: bool = knob(
         False, "Let --exp-avg-dtype and --exp-avg-sq-dtype be lower than that of the master weights."
     )

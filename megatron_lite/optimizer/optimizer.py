@@ -222,7 +222,7 @@ class MegatronOptimizer:
             fused_sgd(shards, grads, momenta, on_host, momentum=config.sgd_momentum, **how)
             return
         constants = {"beta1": config.adam_beta1, "beta2": config.adam_beta2, "eps": config.adam_eps}
-        fused_adamw(shards, grads, states, on_host, **constants, **how)
+        fused_adamw(shards, grads, states, on_host, config.adam_impl, **constants, **how)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counters and loss scale by name: views of the living state, to save or to load into.

@@ -133,11 +133,12 @@ def _optimizer(config: OptimizerConfig) -> str:
     host = f", {config.host_fraction:.0%} of moments in the host's memory" if config.host_fraction else ""
     if config.optimizer == "muon":
         steps = f"{config.muon_coefficient_type}, {config.muon_num_ns_steps} steps"
-        return f"muon ({steps}), the rest torch fused adam{host}"
+        return f"muon ({steps}), the rest {config.adam_impl} fused adam{host}"
     stored = ""
     if config.use_precision_aware_optimizer:
         stored = f" (moments stored in {config.exp_avg_dtype} and {config.exp_avg_sq_dtype})"
-    return f"torch fused {config.optimizer}{stored}{host}"
+    kernel = config.adam_impl if config.optimizer == "adam" else "torch"
+    return f"{kernel} fused {config.optimizer}{stored}{host}"
 
 
 def _grouped_products(sizes: TransformerConfig, device: torch.device) -> str:

@@ -82,6 +82,7 @@ class TransformerConfig(AttentionConfig):
         "that package's linear layers and attention.",
         choices=("auto", "local", "transformer_engine"),
     )
+    norm_impl: str = knob("torch", "Whose fused kernels compute norms.", choices=("torch", "apex"))
 
     # Initial values
     init_method_std: float = knob(0.02, "Standard deviation of the initial weights.")
