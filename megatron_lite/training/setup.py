@@ -91,8 +91,15 @@ def build_model(
     return chunks
 
 
+# All layers are one function to torch.compile, which by default gives up at 8 versions of one. There is a version for
+# each kind of layer (with experts or not, windows, positions, fp8), for training and evaluation, and for each kind of
+# shape.
+_VERSIONS_OF_A_LAYER = 64
+
+
 def compile_layer(layer: TransformerLayer, backend: str = "inductor") -> None:
     """Compile a layer as one region; of one with experts, where that cannot be (MoELayer.is_one_region), the parts."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VERSIONS_OF_A_LAYER)
     layer.is_compiled = True
     if not isinstance(layer.mlp, MoELayer) or layer.mlp.is_one_region:
         layer.compile(fullgraph=True, backend=backend)

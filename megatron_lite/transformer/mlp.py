@@ -8,8 +8,7 @@ from torch import Tensor
 
 from megatron_lite.ops.swiglu import gates_then_ups, split_gates, swiglu
 from megatron_lite.process_groups import ProcessGroupCollection
-from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.tensor_parallel.parameters import local
+from megatron_lite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, local_in_dtype
 from megatron_lite.transformer.activations import gelu_tanh
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.transformer_config import TransformerConfig
@@ -129,7 +128,7 @@ class MLP(MegatronModule):
         if not self.gated:
             return self.linear_fc2(self.activation(self.linear_fc1(hidden_states)))
         assert self.linear_fc1.weight is not None, "linear_fc1 allocates its weight"
-        weight = local(self.linear_fc1.weight)
+        weight = local_in_dtype(self.linear_fc1.weight, hidden_states.dtype)
         gates_first = reorders_weight(hidden_states, weight)
         output, bias = self.linear_fc1(hidden_states, weight=gates_then_ups(weight, 0) if gates_first else None)
         if bias is not None:

@@ -39,7 +39,7 @@ class _Attach(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        # Read now: where stages are pipelined, the loss was computed long before.
+        # Read now: where stages are pipelined, the loss was computed long before (a compiled layer reads it there).
         scale = torch.ones((), device=ctx.device) if _scale is None else _scale
         return grad, scale.to(dtype=ctx.dtype, device=ctx.device).expand(ctx.shape)
 

@@ -117,6 +117,25 @@ def test_all_layers_share_what_is_compiled(settings: dict[str, Any], regions: in
     assert len(graphs) == regions
 
 
+def test_many_kinds_of_layers_compile() -> None:
+    """More than torch's 8 versions of a function: kinds of layers, in training and in evaluation.
+
+    Mutation: torch's own limit, which fails at the first evaluation.
+    """
+    torch._dynamo.reset()
+    kinds = [config(moe_aux_loss_coeff=0.1, window_size=window) for window in (None, (1, 0), (2, 0), (3, 0), (4, 0))]
+    layers = [filled(TransformerLayer(kind, 1)) for kind in kinds]
+    x = torch.randn(4, 2, 16, dtype=torch.float64, requires_grad=True)
+    wanted = [layer(x) for layer in layers]
+    for layer in layers:
+        compile_layer(layer, backend="eager")
+    for layer, output in zip(layers, wanted, strict=True):
+        torch.testing.assert_close(layer(x), output)
+    with torch.no_grad():
+        for layer, output in zip(layers, wanted, strict=True):
+            torch.testing.assert_close(layer.eval()(x), output)
+
+
 def dense(layer: MoELayer, x: Tensor) -> Tensor:
     """sum over the chosen experts of p * fc2(gelu(fc1(x))), every expert computed for every token."""
     probs, indices = layer.router(x)
