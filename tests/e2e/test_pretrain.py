@@ -208,16 +208,14 @@ def test_context_parallel_run_resumes_and_reshards(tmp_path):
     assert whole[-1][1] < whole[0][1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--seq-length", "32", "--reset-position-ids"], id="documents"),
-        pytest.param(
-            ["--seq-length", "30", "--pad-to-multiple", "--no-calculate-per-token-loss"],
-            id="padded",
-            marks=pytest.mark.full,
-        ),
+        ["--seq-length", "32", "--reset-position-ids"],
+        ["--seq-length", "30", "--pad-to-multiple", "--no-calculate-per-token-loss"],
     ],
+    ids=["documents", "padded"],
 )
 def test_documents_over_context_parallel_ranks(tmp_path, flags):
     """Short documents that do not see each other, at CP 2 and on one process (where nothing is padded): equal losses.
@@ -311,9 +309,7 @@ def test_not_a_number_stops_and_keeps_the_weights(tmp_path):
     "mode",
     [
         "bf16",
-        "fp16",
-        "ramp-up",
-        *(pytest.param(one, marks=pytest.mark.full) for one in ("compile", "recompute", "samples")),
+        *(pytest.param(one, marks=pytest.mark.full) for one in ("fp16", "ramp-up", "compile", "recompute", "samples")),
     ],
 )
 def test_modes_train(tmp_path, mode):

@@ -307,15 +307,9 @@ def memory_per_token(pool, cp: int, kind: str) -> float:
     return (high - low) / 4096
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("cp", "kind"),
-    [
-        (2, "p2p"),
-        *(
-            pytest.param(*case, marks=pytest.mark.full)
-            for case in ((2, "all_gather"), (4, "p2p"), (2, "a2a"), (4, "a2a"), (4, "a2a+p2p"))
-        ),
-    ],
+    ("cp", "kind"), [(2, "p2p"), (2, "all_gather"), (4, "p2p"), (2, "a2a"), (4, "a2a"), (4, "a2a+p2p")]
 )
 def test_activation_memory_falls_with_the_ranks(pool, cp, kind):
     """1/cp of one rank's, measured at the allocator, in forward and backward.

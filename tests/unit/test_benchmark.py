@@ -216,7 +216,8 @@ def test_mistakes_are_told_before_anything_is_measured(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["dense", pytest.param("8 experts, 2 active", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["dense", "8 experts, 2 active"])
 def test_memory_against_the_estimate(tmp_path, capsys, monkeypatch, model):
     """A row for each model, dtype and way; at a size where activations are most of it, the peak is near the estimate.
 

@@ -241,7 +241,9 @@ def test_heads_say_how_many_parameters_there_are() -> None:
             assert f"{ACTIVE[name][0]:,}" in first
 
 
-@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if "405b" in name else name for name in HUGGING_FACE]
+)
 def test_a_large_preset_fits_its_gpus(name: str) -> None:
     """By the dry run's own estimate 80 GB are enough, with room for what it leaves out.
 

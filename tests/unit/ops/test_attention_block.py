@@ -364,7 +364,7 @@ def rows_of_documents(draw: Callable[..., Any]) -> tuple[int, SequenceLayout]:
     return cp, SequenceLayout(tuple(ends), tuple(documents))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=rows_of_documents())
 def test_packed_calls_equal_one_mask(stand_in: FlashStandIn, drawn: tuple[int, SequenceLayout]) -> None:
     """Documents of any length, gaps of padding and of chunks that see nothing, every rank, at most one call a step.
@@ -385,7 +385,7 @@ def test_packed_calls_equal_one_mask(stand_in: FlashStandIn, drawn: tuple[int, S
         assert stand_in.dense == 2 * sizes.count(1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(drawn=rows_of_documents())
 def test_loop_over_blocks_equals_one_mask(drawn: tuple[int, SequenceLayout]) -> None:
     """The same without packing, by the CPU's kernel. Mutations: as above, of what is not about packing."""

@@ -44,6 +44,7 @@ def test_losses_are_near_those_of_bf16(tmp_path: Path, capsys: pytest.CaptureFix
         assert found == pytest.approx(plain, rel=0.01), (words, found, plain)
 
 
+@pytest.mark.full
 def test_losses_with_experts_are_near_those_of_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mutation: no scale in either product of experts."""
     experts = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "64", "--moe-grouped-gemm"]

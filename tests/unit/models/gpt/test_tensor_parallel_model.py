@@ -127,10 +127,8 @@ def _compiled(
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("tp", "sequence_parallel"),
-    [(2, True), *(pytest.param(tp, False, marks=pytest.mark.full) for tp in (1, 2))],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(2, True), (1, False), (2, False)])
 def test_layers_trace_to_one_graph(pool: WorkerPool, tp: int, sequence_parallel: bool) -> None:
     """fullgraph=True raises at any break of the graph, also one at a collective."""
     kinds = list(MODELS) if tp == 1 or not sequence_parallel else ["gated, biases, untied, grouped"]
