@@ -15,8 +15,12 @@ from megatron_lite.tensor_parallel import collectives
 
 IGNORED_LABEL = -100
 # Bytes of a chunk's logits. On a CPU 8 MiB are large enough for the matrix products and small enough to be reused by
-# the memory allocator; on a GPU larger products fill the device better.
-_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 2**23, 2**27
+# the memory allocator. On a GPU larger products fill the device better, and each chunk costs a pass over the weight's
+# gradient.
+_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 2**23, 2**28
+# Rows of padding are multiplied too, up to a multiple of this: a GPU multiplies matrices fast whose rows begin at
+# multiples of 16 bytes, which those of 50,257 logits do not.
+_COLUMNS = 64
 # Bytes of the softmax of a block of a chunk, so that its passes stay in the second cache of a CPU core.
 _CPU_BLOCK_BYTES = 2**20
 
@@ -66,17 +70,19 @@ def linear_cross_entropy(
     if vocab_size is None:
         vocab_size = weight.size(0) * group_size(tp_group)
     real_rows = min(max(vocab_size - vocab_start, 0), weight.size(0))
+    rows = min(-(-real_rows // _COLUMNS) * _COLUMNS, weight.size(0))
     chunk = chunk_tokens or default_chunk_tokens(weight.size(0), hidden.device, hidden.dtype)
-    split = _Split(vocab_start, real_rows, tp_group, min(chunk, max(hidden.size(0), 1)))
+    split = _Split(vocab_start, real_rows, rows, tp_group, min(chunk, max(hidden.size(0), 1)))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, split, wanted)
     return loss
 
 
 class _Split(NamedTuple):
-    """This rank's part of the vocabulary, and the size of a chunk."""
+    """This rank's part of the vocabulary, how many of its rows are multiplied, and the size of a chunk."""
 
     vocab_start: int
     real_rows: int
+    rows: int
     tp_group: dist.ProcessGroup | None
     chunk_tokens: int
 
@@ -96,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if loss_mask is not None:
             weights = weights * loss_mask
         weights = weights.to(_accumulation_dtype(hidden))
-        sums = _GradientSums(hidden, weight, split.real_rows) if gradients else None
+        sums = _GradientSums(hidden, weight, split.rows) if gradients else None
         loss = _run_chunks(hidden, weight, labels, weights, split, sums)
         if sums is not None:
             ctx.split = split
@@ -112,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = grad_loss.flatten()[:1]
         else:
             scale = grad_loss.new_ones(1)
-            sums = _GradientSums(hidden, weight, ctx.split.real_rows)
+            sums = _GradientSums(hidden, weight, ctx.split.rows)
             _run_chunks(hidden, weight, labels, weights * grad_loss, ctx.split, sums)
             grad_hidden, grad_weight = sums.hidden, sums.weight
         grad_hidden = (grad_hidden * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
@@ -123,13 +129,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _GradientSums:
     """The gradients of the weighted sum of losses for hidden [n, h] and, in at least float32, for weight [V/tp, h]."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, real_rows: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: int) -> None:
         dtype = _accumulation_dtype(hidden)
-        self.hidden = torch.zeros_like(hidden) if real_rows == 0 else torch.empty_like(hidden)
+        self.hidden = torch.zeros_like(hidden) if rows == 0 else torch.empty_like(hidden)
         self.weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self.weight[0 if hidden.size(0) == 0 else real_rows :] = 0.0
-        self._real_rows = self.weight[:real_rows]
-        self._product = None if dtype == hidden.dtype else hidden.new_empty(self._real_rows.shape)
+        self.weight[0 if hidden.size(0) == 0 else rows :] = 0.0
+        self._rows = self.weight[:rows]
+        self._product = None if dtype == hidden.dtype else hidden.new_empty(self._rows.shape)
 
     def add(self, here: slice, x: Tensor, rows: Tensor, grad_logits: Tensor, weight_of_token: Tensor) -> None:
         """Take in one chunk; the weight of a token is applied on the small side, to h instead of V numbers."""
@@ -137,16 +143,16 @@ class _GradientSums:
         torch.mm(grad_logits, rows, out=self.hidden[here]).mul_(by_weight)
         weighted = (x * by_weight).to(x.dtype)
         if self._product is None and here.start == 0:
-            torch.mm(grad_logits.t(), weighted, out=self._real_rows)
+            torch.mm(grad_logits.t(), weighted, out=self._rows)
             return
         if self._product is None:
-            self._real_rows.addmm_(grad_logits.t(), weighted)
+            self._rows.addmm_(grad_logits.t(), weighted)
             return
         torch.mm(grad_logits.t(), weighted, out=self._product)
         if here.start == 0:
-            self._real_rows.copy_(self._product)
+            self._rows.copy_(self._product)
         else:
-            self._real_rows.add_(self._product)
+            self._rows.add_(self._product)
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -158,18 +164,19 @@ def _run_chunks(
 ) -> Tensor:
     """Weighted losses [n]; adds the gradients of their sum to `sums`, if given."""
     count, chunk, block = hidden.size(0), split.chunk_tokens, _block_tokens(split, hidden)
-    rows = weight[: split.real_rows].to(hidden.dtype)
+    rows = weight[: split.rows].to(hidden.dtype)
     target = labels - split.vocab_start
     is_here = (target >= 0) & (target < split.real_rows)
     target = torch.where(is_here, target, 0)
     wants_gradients = sums is not None and split.real_rows > 0
-    logits_buffer = hidden.new_empty(chunk, split.real_rows)
-    scratch = _Scratch(hidden, block, split.real_rows)
+    logits_buffer = hidden.new_empty(chunk, split.rows)
+    scratch = _Scratch(hidden, block, split.rows)
     block_losses = []
 
     for start in range(0, count, chunk):
         here = slice(start, min(start + chunk, count))
         logits = torch.mm(hidden[here], rows.t(), out=logits_buffer[: here.stop - start])
+        logits[:, split.real_rows :] = -torch.inf
         for tokens, of_block in zip(range(start, here.stop, block), logits.split(block), strict=True):
             there = slice(tokens, tokens + of_block.size(0))
             block_losses.append(_block_losses(of_block, target[there], is_here[there], split, scratch, wants_gradients))
@@ -187,7 +194,7 @@ def _block_tokens(split: _Split, hidden: Tensor) -> int:
     """
     if hidden.is_cuda or group_size(split.tp_group) > 1:
         return split.chunk_tokens
-    row = max(split.real_rows, 1) * _accumulation_dtype(hidden).itemsize
+    row = max(split.rows, 1) * _accumulation_dtype(hidden).itemsize
     return min(split.chunk_tokens, max(1, _CPU_BLOCK_BYTES // row))
 
 
