@@ -333,7 +333,7 @@ def scores_averaged_over_replicas():
 
 def global_counts_of_earlier_steps():
     """T43: the counts of the global loss are not set back when a step begins."""
-    return mock.patch.object(auxiliary_losses, "current_step", return_value=0)
+    return mock.patch.object(auxiliary_losses, "current_step", return_value=torch.zeros((), dtype=torch.int64))
 
 
 def expert_bias_by_one_rank():

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 _scale: Tensor | None = None
-_step = 0
+_steps = 0
+_step = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def begin_step(scale: Tensor | None) -> None:
@@ -20,13 +21,14 @@ def begin_step(scale: Tensor | None) -> None:
         scale: 0-dim, on the device of the losses: the loss scale / (micro-batches of the step x data parallel size).
             None stands for one.
     """
-    global _scale, _step
+    global _scale, _steps, _step
     _scale = scale
-    _step += 1
+    _steps += 1
+    _step = torch.full((), _steps, dtype=torch.int64, device="cpu" if scale is None else scale.device)
 
 
-def current_step() -> int:
-    """How often `begin_step` was called: tells one step from the next."""
+def current_step() -> Tensor:
+    """How often `begin_step` was called, 0-dim int64: tells one step from the next without a wait for the device."""
     return _step
 
 

@@ -57,6 +57,8 @@ class TopKRouter(MegatronModule):
     tokens_per_expert: Tensor
     step_tokens_per_expert: Tensor | None
     global_tokens_per_expert: Tensor | None
+    global_micro_batches: Tensor | None
+    global_step: Tensor | None
     sums: Tensor
 
     def __init__(
@@ -111,28 +113,28 @@ class TopKRouter(MegatronModule):
         )
 
     def _create_buffers(self) -> None:
-        def counts() -> Tensor:
-            return torch.zeros(self.num_experts, dtype=torch.int64)
+        def counts(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64)
 
         has_bias = self.config.moe_router_enable_expert_bias
         has_global = "global_aux_loss" in self.coefficients
         self.register_buffer("expert_bias", torch.zeros(self.num_experts) if has_bias else None)
-        self.register_buffer("step_tokens_per_expert", counts() if has_bias else None, persistent=False)
-        self.register_buffer("global_tokens_per_expert", counts() if has_global else None, persistent=False)
-        self.register_buffer("tokens_per_expert", counts(), persistent=False)
+        self.register_buffer("step_tokens_per_expert", counts(self.num_experts) if has_bias else None, persistent=False)
+        of_experts = counts(self.num_experts) if has_global else None
+        self.register_buffer("global_tokens_per_expert", of_experts, persistent=False)
+        for name in ("global_micro_batches", "global_step"):
+            self.register_buffer(name, counts() if has_global else None, persistent=False)
+        self.register_buffer("tokens_per_expert", counts(self.num_experts), persistent=False)
         self.register_buffer("sums", torch.zeros(len(statistics.SUMS), dtype=torch.float64), persistent=False)
-        self._begin_global_counts()
+        # The averages that forwards of a step used, oldest first, for those that are computed again in backward.
+        self._averages: deque[Tensor] = deque()
+        self._step_of_averages = auxiliary_losses.current_step()
 
     def reset_buffers(self) -> None:
         """Zero all buffers, the expert bias too: for after to_empty(), which leaves them with any values."""
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
-        self._begin_global_counts()
-
-    def _begin_global_counts(self) -> None:
-        self._step, self._global_micro_batches = auxiliary_losses.current_step(), 0
-        # The averages that forwards of this step used, oldest first, for those that are computed again in backward.
-        self._averages: deque[Tensor] = deque()
+        self._averages.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
         """Buffers move along with the module, but keep their dtype under .bfloat16() and .half()."""
@@ -166,11 +168,11 @@ class TopKRouter(MegatronModule):
     def is_traceable(self) -> bool:
         """Whether torch.compile can follow it.
 
-        Not Sinkhorn's iteration, which ends when the data say so; noise from a stream of one tensor parallel rank;
-        counts that begin anew with a step; nor a forward that is computed again without counting, so differently.
+        Not Sinkhorn's iteration, which ends when the data say so; noise from a stream of one tensor parallel rank; nor
+        a forward that is computed again without counting, so differently.
         """
         noise = self.config.moe_input_jitter_eps is not None or self.config.moe_router_force_load_balancing
-        return not (self.sinkhorn or noise or self.is_recomputed or "global_aux_loss" in self.coefficients)
+        return not (self.sinkhorn or noise or self.is_recomputed)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[..., h] -> [..., E] in the router's dtype."""
@@ -283,20 +285,27 @@ class TopKRouter(MegatronModule):
 
         A forward that is computed again gets what the first one had.
         """
-        assert self.global_tokens_per_expert is not None
+        counts, micro_batches, step = self.global_tokens_per_expert, self.global_micro_batches, self.global_step
+        assert counts is not None
+        assert micro_batches is not None
+        assert step is not None
         if statistics.is_recomputation():
-            if self._averages:
-                return self._averages.popleft()
-            return self.global_tokens_per_expert / max(self._global_micro_batches, 1)
-        if self._step != auxiliary_losses.current_step():
-            self.global_tokens_per_expert.zero_()
-            self._begin_global_counts()
-        self.global_tokens_per_expert += load_balancing.sum_over(own_counts, self.groups.tp_dp_cp)
-        self._global_micro_batches += 1
-        average = self.global_tokens_per_expert / self._global_micro_batches
+            return self._averages.popleft() if self._averages else counts / micro_batches.clamp(min=1)
+        current = auxiliary_losses.current_step()
+        goes_on = step == current
+        counts.mul_(goes_on).add_(load_balancing.sum_over(own_counts, self.groups.tp_dp_cp))
+        micro_batches.mul_(goes_on).add_(1)
+        step.copy_(current)
+        average = counts / micro_batches
         if self.is_recomputed:
-            self._averages.append(average)
+            self._remember(average, current)
         return average
+
+    def _remember(self, average: Tensor, step: Tensor) -> None:
+        if step is not self._step_of_averages:
+            self._averages.clear()
+            self._step_of_averages = step
+        self._averages.append(average)
 
     def record_dropped(self, pairs: Tensor) -> None:
         """Count token-expert pairs that were dropped for lack of capacity: 0-dim, those of this rank's tokens."""
