@@ -4,12 +4,22 @@
 # arguments go to tools/benchmark.py (--steps 5).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Several models share the memory, as segments that grow.
+if [[ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]]; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
+fi
+PEERS=(plain)
+if python -c "import transformers" 2>/dev/null; then
+    PEERS+=(huggingface)
+else
+    echo "transformers is not installed: compared with plain torch only" >&2
+fi
 OUT="benchmarks/results/$(date +%F)-gpu"
 DENSE=(benchmarks/configs/llama_1b.yaml benchmarks/configs/llama_8b_layers.yaml)
 EXPERTS=(benchmarks/configs/mixtral_layer.yaml benchmarks/configs/qwen3_moe_layers.yaml)
 COMMON=(--steps 10 --warmup 5 --rounds 3 --breakdown "$@")
-python tools/benchmark.py --config "${DENSE[@]}" --compile off on --against plain huggingface --output "$OUT-dense" "${COMMON[@]}"
-python tools/benchmark.py --config "${EXPERTS[@]}" --compile off on --against plain huggingface --output "$OUT-experts" "${COMMON[@]}"
+python tools/benchmark.py --config "${DENSE[@]}" --compile off on --against "${PEERS[@]}" --output "$OUT-dense" "${COMMON[@]}"
+python tools/benchmark.py --config "${EXPERTS[@]}" --compile off on --against "${PEERS[@]}" --output "$OUT-experts" "${COMMON[@]}"
 python tools/benchmark.py --config "${DENSE[@]}" --compile on --output "$OUT-fp8" "${COMMON[@]}" \
     --against "--fp8-format hybrid --fp8-recipe tensorwise" "--fp8-format hybrid --fp8-recipe rowwise"
 python tools/benchmark.py --config "${EXPERTS[@]}" --compile on --output "$OUT-experts-fp8" "${COMMON[@]}" --against "--fp8-format hybrid"

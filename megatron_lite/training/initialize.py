@@ -51,6 +51,10 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     device = training_device(config.distributed.distributed_backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if config.transformer.params_dtype.itemsize == 2 and config.transformer.moe_router_type != "gmlp":
+            # Products in float32 are those of routers. In forward TF32 holds their operands, of 16 bits, exactly; what
+            # comes of the others is rounded to 16 bits.
+            torch.set_float32_matmul_precision("high")
     else:
         _share_cores()
     if config.transformer.deterministic_mode:
@@ -188,9 +192,10 @@ def announce(config: RunConfig, device: torch.device) -> None:
     products = [describe_fp8(sizes, device)] if sizes.fp8 is not None else []
     products += ["transformer engine"] if engine and (sizes.fp8 is None or sizes.first_last_layers_bf16) else []
     linear = f" · linear layers: {'; '.join(products)}" if products else ""
+    cudnn = f", cudnn {torch.backends.cudnn.version()}" if device.type == "cuda" else ""
     attention = "transformer engine" if engine and sizes.attention_backend == "auto" else "torch sdpa"
     print_rank_0(
-        f"attention: {attention} ({sizes.attention_backend}) · optimizer: {_optimizer(config.optimizer)} · "
+        f"attention: {attention} ({sizes.attention_backend}{cudnn}) · optimizer: {_optimizer(config.optimizer)} · "
         f"layers: {compiled}{grouped}{linear}{overlap}"
     )
     for notice in config.notices:

@@ -130,9 +130,16 @@ def _sum(rows: Tensor, permutation: Permutation) -> Tensor:
     index, width = permutation.inverse, permutation.width
     if width == 1 or rows.size(0) == 0:
         return rows.index_select(0, index)
+    if rows.is_cuda and torch.compiler.is_compiling():
+        return _sum_of_slots(rows, index, width)
     # A sum of looked-up rows in one operator, which adds in float32 and never holds [t, width, h].
     offsets = torch.arange(0, index.numel(), width, device=index.device)
     return torch.embedding_bag(rows.contiguous(), index, offsets)[0]
+
+
+def _sum_of_slots(rows: Tensor, index: Tensor, width: int) -> Tensor:
+    """The same for torch.compile, which makes one kernel of it and what is before and behind it."""
+    return rows.index_select(0, index).unflatten(0, (-1, width)).sum(1)
 
 
 def _with_zero_row(tokens: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from megatron_lite.transformer.moe import permutation as permutation_module
 from megatron_lite.transformer.moe.permutation import (
     Permutation,
     gather_rows,
@@ -86,3 +88,24 @@ def test_sums_over_slots_round_once() -> None:
     """In bfloat16 256 + 1 + 1 is 258 if added in float32, 256 if rounded each time."""
     permutation = Permutation.from_slots(torch.arange(3), 1, 3)
     assert sum_rows(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16), permutation).item() == 258.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_a_gpu_compiles_sums_alike(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by an embedding_bag, which no kernel can be part of. Mutation: chosen on a CPU too."""
+    order, _ = group_slots(torch.arange(96) % 5, 5)
+    permutation = Permutation.from_slots(order, 12, 8)
+    rows = torch.randn(96, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    exact = sum_rows(rows.double(), permutation)
+    found = permutation_module._sum_of_slots(rows, permutation.inverse, 8)
+    assert found.dtype == dtype
+    rounding = 1e-14 if dtype == torch.float64 else 2**-8
+    torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=1e-6 if dtype != torch.float64 else 1e-14)
+
+    calls: list[torch.device] = []
+    monkeypatch.setattr(permutation_module, "_sum_of_slots", lambda rows, *_: calls.append(rows.device) or rows)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    permutation_module._sum(rows, permutation)
+    with FakeTensorMode():
+        permutation_module._sum(torch.empty(96, 16, device="cuda"), permutation)
+    assert [device.type for device in calls] == ["cuda"]
