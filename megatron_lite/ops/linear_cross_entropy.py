@@ -1,7 +1,8 @@
 """The output layer and the cross entropy as one operation, in chunks of tokens: whole logits never exist.
 
 The gradients of a chunk are formed while its probabilities are at hand, in the forward pass, so the backward pass
-only scales them. Memory: a buffer of [chunk, V/tp], one for the softmax, and the gradients of hidden and weight.
+only scales them. Memory: a buffer of [chunk, V/tp], in half precision another in float32, and the gradients of hidden
+and weight.
 """
 
 from typing import Any, NamedTuple
@@ -170,7 +171,8 @@ def _run_chunks(
     target = torch.where(is_here, target, 0)
     wants_gradients = sums is not None and split.real_rows > 0
     logits_buffer = hidden.new_empty(chunk, split.rows)
-    scratch = _Scratch(hidden, block, split.rows)
+    dtype = _accumulation_dtype(hidden)
+    wide = None if dtype == hidden.dtype else logits_buffer.new_empty(block, split.rows, dtype=dtype)
     block_losses = []
 
     for start in range(0, count, chunk):
@@ -179,7 +181,7 @@ def _run_chunks(
         logits[:, split.real_rows :] = -torch.inf
         for tokens, of_block in zip(range(start, here.stop, block), logits.split(block), strict=True):
             there = slice(tokens, tokens + of_block.size(0))
-            block_losses.append(_block_losses(of_block, target[there], is_here[there], split, scratch, wants_gradients))
+            block_losses.append(_block_losses(of_block, target[there], is_here[there], split, wide, wants_gradients))
         if sums is not None and wants_gradients:
             sums.add(here, hidden[here], rows, logits, weights[here])
     losses = torch.cat(block_losses) if block_losses else weights
@@ -198,47 +200,41 @@ def _block_tokens(split: _Split, hidden: Tensor) -> int:
     return min(split.chunk_tokens, max(1, _CPU_BLOCK_BYTES // row))
 
 
-class _Scratch:
-    """Space for the softmax of one block, in at least float32."""
-
-    def __init__(self, hidden: Tensor, block: int, columns: int) -> None:
-        dtype = _accumulation_dtype(hidden)
-        self.probabilities = torch.empty(block, columns, dtype=dtype, device=hidden.device)
-        # Softmax reads half precision and writes float32 at once on CUDA; elsewhere it would allocate a converted copy.
-        converts = dtype != hidden.dtype and not hidden.is_cuda
-        self.converted = torch.empty_like(self.probabilities) if converts else None
-
-
 def _block_losses(
-    logits: Tensor, target: Tensor, is_here: Tensor, split: _Split, scratch: _Scratch, wants_gradients: bool
+    logits: Tensor, target: Tensor, is_here: Tensor, split: _Split, wide: Tensor | None, wants_gradients: bool
 ) -> Tensor:
-    """-log softmax(logits)[target] of a block [block]; its logits [block, V/tp] give way to the gradient, if wanted."""
-    count = logits.size(0)
-    converted = logits if scratch.converted is None else scratch.converted[:count].copy_(logits)
-    probabilities = scratch.probabilities[:count]
-    local_normalizer, target_logit = _softmax(converted, target, is_here, probabilities)
+    """-log softmax(logits)[target] of a block [block]; its logits [block, V/tp] give way to the gradient, if wanted.
+
+    `wide` is space for the softmax, [block or more, V/tp], where the logits have too few bits for it.
+    """
+    probabilities = logits if wide is None else wide[: logits.size(0)]
+    local_normalizer, target_logit = _softmax(logits, target, is_here, probabilities)
     normalizer, target_logit = _combine(local_normalizer, target_logit, split.tp_group)
     if wants_gradients:
         # d loss / d logits = probabilities over the whole vocabulary - onehot(label)
         if group_size(split.tp_group) > 1:
             probabilities.mul_((local_normalizer - normalizer).exp_().unsqueeze(1))
         probabilities.scatter_add_(1, target.unsqueeze(1), -is_here.to(probabilities.dtype).unsqueeze(1))
-        logits.copy_(probabilities)
+        if wide is not None:
+            logits.copy_(probabilities)
     return normalizer - target_logit
 
 
 def _softmax(logits: Tensor, target: Tensor, is_here: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Write the softmax over this rank's columns to `out`; return its log normalizer and the target's logit, [n] each.
 
-    The normalizer follows from the largest logit m and its probability p, as m - log p: no pass over exp(logits) more.
-    A target on another rank has logit -inf here.
+    `out` may be the logits themselves. The normalizer follows from the largest logit m and its probability p, as
+    m - log p: no pass over exp(logits) more. A target on another rank has logit -inf here.
     """
     if logits.size(1) == 0:
         nothing = out.new_full((logits.size(0),), -torch.inf)
         return nothing, nothing
-    torch.softmax(logits, dim=1, dtype=out.dtype, out=out)
-    normalizer = logits.amax(1).to(out.dtype) - out.amax(1).log_()
     target_logit = logits.gather(1, target.unsqueeze(1)).squeeze(1).to(out.dtype)
+    largest = logits.amax(1).to(out.dtype)
+    if out.dtype != logits.dtype and not logits.is_cuda:
+        logits = out.copy_(logits)  # CUDA's softmax reads half precision and writes float32; others would allocate it
+    torch.softmax(logits, dim=1, dtype=out.dtype, out=out)
+    normalizer = largest - out.amax(1).log_()
     return normalizer, torch.where(is_here, target_logit, -torch.inf)
 
 
