@@ -4,15 +4,15 @@
 # arguments go to tools/benchmark.py (--steps 5).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Several models share the memory, as segments that grow.
+# Segments that grow, as several models share the memory and each wants other sizes.
 if [[ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]]; then
     export PYTORCH_ALLOC_CONF=expandable_segments:True
 fi
 PEERS=(plain)
-if python -c "import transformers" 2>/dev/null; then
+if python -c "import transformers"; then
     PEERS+=(huggingface)
 else
-    echo "transformers is not installed: compared with plain torch only" >&2
+    echo "transformers cannot be imported: compared with plain torch only" >&2
 fi
 OUT="benchmarks/results/$(date +%F)-gpu"
 DENSE=(benchmarks/configs/llama_1b.yaml benchmarks/configs/llama_8b_layers.yaml)

@@ -48,6 +48,7 @@ def multi_tensor_adam_capturable(
     assert (mode, bias_correction) == (1, 1)
     assert (noop_flag.dtype, step.dtype, lr.dtype, inv_scale.dtype) == (torch.int32,) * 2 + (torch.float32,) * 2
     assert all(one.dtype == torch.float32 and one.is_contiguous() for several in tensor_lists for one in several)
+    assert all(one.numel() for several in tensor_lists for one in several), "it forgets what stands before an empty one"
     if noop_flag.item() == 1:
         return
     for gradient, parameter, mean, square in zip(*tensor_lists, strict=True):

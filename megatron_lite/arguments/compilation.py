@@ -22,7 +22,7 @@ def compilation_problems(run: RunConfig) -> Iterator[str]:
             "compile is set with transformer_impl transformer_engine, whose layers torch cannot compile: leave out "
             "--compile, or write --transformer-impl local."
         )
-    if sizes.norm_impl == "apex":
+    if sizes.has_apex_norms:
         yield (
             "compile is set with norm_impl apex, but a compiled layer makes its norms part of its own kernels: leave "
             "out --compile, or --norm-impl apex."

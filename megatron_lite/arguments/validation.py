@@ -251,24 +251,24 @@ def _features(run: RunConfig) -> Iterator[str]:
             "leave out --tp-comm-overlap, or write --transformer-impl local."
         )
     elif sizes.transformer_impl == "transformer_engine":
-        yield from _package(run, "transformer_impl", "transformer_engine", "transformer_engine", "auto or local")
-    if sizes.norm_impl == "apex":
-        yield from _package(run, "norm_impl", "apex", "fused_layer_norm_cuda", "torch")
-    if run.optimizer.adam_impl == "apex":
-        yield from _package(run, "adam_impl", "apex", "amp_C", "torch")
+        yield from _package(run, "transformer_impl", "transformer_engine", (), "auto or local")
+    if sizes.has_apex_norms:
+        yield from _package(run, "norm_impl", "apex", ("fused_layer_norm_cuda",), "torch")
+    if run.optimizer.adam_impl == "apex" and run.optimizer.optimizer != "sgd":
+        yield from _package(run, "adam_impl", "apex", ("amp_C",), "torch")
 
 
-def _package(run: RunConfig, setting: str, name: str, module: str, otherwise: str) -> Iterator[str]:
-    """What the package `name` asks for, whose `module` computes what a setting says."""
+def _package(run: RunConfig, setting: str, name: str, extensions: tuple[str, ...], otherwise: str) -> Iterator[str]:
+    """What the package `name` asks for, whose modules, and `extensions`, compute what a setting says."""
     remedy = f"write --{setting.replace('_', '-')} {otherwise}"
     if run.transformer.fp64:
         yield f"{setting} is {name} with fp64, which that package does not compute in: {remedy}."
     elif run.dry_run:
         return
-    elif importlib.util.find_spec(module) is None:
+    elif missing := [module for module in (name, *extensions) if importlib.util.find_spec(module) is None]:
         yield (
-            f"{setting} is {name}, but that package is not installed here (there is no module {module}): install it, "
-            f"see docs/installation.md, or {remedy}."
+            f"{setting} is {name}, but that package is not installed here (there is no module {missing[-1]}): install "
+            f"it, see docs/installation.md, or {remedy}."
         )
     elif not torch.cuda.is_available() or run.distributed.distributed_backend == "gloo":
         yield f"{setting} is {name}, but that package needs a GPU: {remedy}."

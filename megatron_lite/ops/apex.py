@@ -4,6 +4,7 @@ Each stands where torch's function of the same arguments does, so weights and mo
 """
 
 import importlib
+import itertools
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def adamw(
     """One step of AdamW in place; no number is read on the host.
 
     Args:
-        parameters: contiguous, float32, on a GPU; gradients and moments too. Gradients are left unscaled.
+        parameters: contiguous, float32, on a GPU, of less than 2^31 elements; gradients and moments too. What gradients
+            hold behind it is undefined.
         gradients: of the parameters.
         exp_avgs: means of gradients.
         exp_avg_sqs: means of squared gradients.
@@ -59,5 +61,8 @@ def adamw(
     factor = torch.ones_like(found_inf) if grad_scale is None else grad_scale.reciprocal()
     decoupled, corrects_bias = 1, 1
     how: list[Any] = [torch.full_like(found_inf, lr), beta1, beta2, eps, steps[0].to(torch.int32)]
-    tensors = [gradients, parameters, exp_avgs, exp_avg_sqs]
-    apply(kernel, found_inf.to(torch.int32), tensors, *how, decoupled, corrects_bias, weight_decay, factor)
+    # Empty shards confuse it: what stands before one at the end of the list would not be updated.
+    filled = [shard.numel() > 0 for shard in parameters]
+    tensors = [list(itertools.compress(one, filled)) for one in (gradients, parameters, exp_avgs, exp_avg_sqs)]
+    if any(filled):
+        apply(kernel, found_inf.to(torch.int32), tensors, *how, decoupled, corrects_bias, weight_decay, factor)

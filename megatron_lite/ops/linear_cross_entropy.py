@@ -19,8 +19,8 @@ IGNORED_LABEL = -100
 # the memory allocator. On a GPU larger products fill the device better, and each chunk costs a pass over the weight's
 # gradient.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 2**23, 2**28
-# Rows of padding are multiplied too, up to a multiple of this: a GPU multiplies matrices fast whose rows begin at
-# multiples of 16 bytes, which those of 50,257 logits do not.
+# Rows of padding are multiplied too, as far as there are any, up to a multiple of this: a GPU multiplies matrices fast
+# whose rows begin at multiples of 16 bytes, which those of 50,257 logits do not.
 _COLUMNS = 64
 # Bytes of the softmax of a block of a chunk, so that its passes stay in the second cache of a CPU core.
 _CPU_BLOCK_BYTES = 2**20
@@ -60,7 +60,8 @@ def linear_cross_entropy(
             infinite loss.
         loss_mask: [n] weight per token, default 1.
         vocab_start: global id of the first row of `weight`.
-        vocab_size: real size of the vocabulary, default all rows; rows from there on are padding and take no part.
+        vocab_size: real size of the vocabulary, default all rows; rows from there on are padding: finite numbers
+            that take no part.
         tp_group: ranks that hold the other rows.
         chunk_tokens: tokens per chunk, default by device and vocabulary.
 
@@ -205,7 +206,7 @@ def _block_losses(
 ) -> Tensor:
     """-log softmax(logits)[target] of a block [block]; its logits [block, V/tp] give way to the gradient, if wanted.
 
-    `wide` is space for the softmax, [block or more, V/tp], where the logits have too few bits for it.
+    `wide` is space for the softmax, as wide and as long as the logits or longer, where these have too few bits for it.
     """
     probabilities = logits if wide is None else wide[: logits.size(0)]
     local_normalizer, target_logit = _softmax(logits, target, is_here, probabilities)

@@ -30,7 +30,8 @@ def fused_adamw(
         gradients: of their dtype.
         states: for each `exp_avg`, `exp_avg_sq` and `step`.
         on_host: for each whether the host keeps its moments.
-        impl: whose kernel, "torch" or "apex"; apex's is for float32, and for other shards it is torch's.
+        impl: whose kernel, "torch" or "apex"; where apex's cannot do it, with other dtypes than float32 and with shards
+            of 2^31 elements, it is torch's.
         how: lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf.
     """
     kept = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
@@ -59,7 +60,7 @@ def _step(
 ) -> None:
     exp_avgs = [mean.to(shard.dtype) for mean, shard in zip(means, shards, strict=True)]
     exp_avg_sqs = [square.to(shard.dtype) for square, shard in zip(squares, shards, strict=True)]
-    if impl == "apex" and shards[0].dtype == torch.float32:
+    if impl == "apex" and all(shard.dtype == torch.float32 and shard.numel() < 2**31 for shard in shards):
         apex.adamw(shards, gradients, exp_avgs, exp_avg_sqs, steps, **how)
     else:
         adamw(shards, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False, **how)

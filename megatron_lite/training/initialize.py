@@ -51,9 +51,9 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     device = training_device(config.distributed.distributed_backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if config.transformer.params_dtype.itemsize == 2 and config.transformer.moe_router_type != "gmlp":
-            # Products in float32 are those of routers. In forward TF32 holds their operands, of 16 bits, exactly; what
-            # comes of the others is rounded to 16 bits.
+        if config.transformer.params_dtype.itemsize == 2:
+            # What is multiplied in float32 then (in routers, and in attention without a kernel) comes of numbers of 16
+            # bits, of which TF32 loses none, and what comes out is rounded to 16 bits soon.
             torch.set_float32_matmul_precision("high")
     else:
         _share_cores()

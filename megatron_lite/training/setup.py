@@ -93,7 +93,7 @@ def build_model(
 
 # All layers are one function to torch.compile, which by default gives up at 8 versions of one. There is a version for
 # each kind of layer (with experts or not, windows, positions, fp8), for training and evaluation, and for each kind of
-# shape.
+# shape. The limit is one of the process.
 _VERSIONS_OF_A_LAYER = 64
 
 

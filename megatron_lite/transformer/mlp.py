@@ -130,7 +130,7 @@ class MLP(MegatronModule):
         assert self.linear_fc1.weight is not None, "linear_fc1 allocates its weight"
         weight = local_in_dtype(self.linear_fc1.weight, hidden_states.dtype)
         gates_first = reorders_weight(hidden_states, weight)
-        output, bias = self.linear_fc1(hidden_states, weight=gates_then_ups(weight, 0) if gates_first else None)
+        output, bias = self.linear_fc1(hidden_states, weight=gates_then_ups(weight, 0) if gates_first else weight)
         if bias is not None:
             output = output + (gates_then_ups(bias, 0) if gates_first else bias)
         return self.linear_fc2(self.gated_activation(output, not gates_first))

@@ -39,8 +39,6 @@ class _Norm(MegatronModule):
         self.hidden_size = hidden_size
         self.eps = config.layernorm_epsilon if eps is None else eps
         self.zero_centered = config.layernorm_zero_centered_gamma
-        # Its kernels take the whole factor, which would be rounded (see below).
-        self.by_apex = config.norm_impl == "apex" and not self.zero_centered
         self.partial_over_tp = config.sequence_parallel if partial_over_tp is None else partial_over_tp
         self._create("weight", torch.nn.init.zeros_ if self.zero_centered else torch.nn.init.ones_)
 
@@ -77,7 +75,7 @@ class LayerNorm(_Norm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h] in the dtype of x."""
         weight, bias = local(self.weight).to(x.dtype), local(self.bias).to(x.dtype)
-        if self.by_apex:
+        if self.config.has_apex_norms:
             return apex.layer_norm(x, weight, bias, self.eps)
         if not self.zero_centered:
             return F.layer_norm(x, (self.hidden_size,), weight, bias, self.eps)
@@ -92,7 +90,7 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h] in the dtype of x."""
         weight = local(self.weight).to(x.dtype)
-        if self.by_apex:
+        if self.config.has_apex_norms:
             return apex.rms_norm(x, weight, self.eps)
         if not self.zero_centered:
             return rms_norm(x, weight, self.eps)

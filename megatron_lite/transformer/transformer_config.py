@@ -217,6 +217,11 @@ class TransformerConfig(AttentionConfig):
         return found + self._recompute_violations() + self._offload_violations()
 
     @property
+    def has_apex_norms(self) -> bool:
+        """Whether apex computes norms, whose kernels take the whole factor and not what it differs from one."""
+        return self.norm_impl == "apex" and not self.layernorm_zero_centered_gamma
+
+    @property
     def gradients_together(self) -> str | None:
         """The flag for which a layer computes gradients of weights and activations in one piece; None if it need not.
 

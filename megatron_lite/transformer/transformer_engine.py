@@ -1,9 +1,9 @@
 """Linear layers and attention by NVIDIA's Transformer Engine (--transformer-impl transformer_engine).
 
 Its modules are made without weights of their own, and each call lends them those of our layers. So weights are stored,
-split, initialized and saved as in any other run, and a checkpoint of one is a checkpoint of the other. Norms stay
-torch's, which are one kernel each; experts: ops/grouped_linear.py; fp8: ops/fp8_linear.py, whose scales belong to
-logical tensors and not to a rank's part.
+split, initialized and saved as in any other run, and a checkpoint of one is a checkpoint of the other. Norms are not
+its business, as torch's are one kernel each; experts: ops/grouped_linear.py; fp8: ops/fp8_linear.py, whose scales
+belong to logical tensors and not to a rank's part.
 """
 
 import functools

@@ -56,7 +56,7 @@ def test_weights_stored_minus_one_stay_torch() -> None:
 def train(impl: str, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Tensor]:
     """Weights and state after steps, in the third of which a gradient is infinite."""
     generator = torch.Generator().manual_seed(7)
-    shapes = {"linear.weight": (5, 3), "linear.bias": (5,), "norm.weight": (3,)}
+    shapes = {"linear.weight": (5, 3), "empty.weight": (0, 3), "norm.weight": (3,), "empty.bias": (0,)}
     named = {n: nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for n, shape in shapes.items()}
     constants = {"lr": 0.05, "weight_decay": 0.1, "adam_beta2": 0.95, "adam_eps": 1e-3} | settings
     optimizer = MegatronOptimizer(OptimizerConfig(**constants, adam_impl=impl), named)
@@ -81,7 +81,11 @@ def train(impl: str, dtype: torch.dtype = torch.float32, **settings: Any) -> dic
     ids=str,
 )
 def test_adamw(settings: dict[str, Any]) -> None:
-    """Mutations: the divisor instead of its reciprocal; steps counted where a step is skipped; no skip; eps lost."""
+    """Also of a rank that has empty shards.
+
+    Mutations: the divisor instead of its reciprocal; steps counted where a step is skipped; no skip; eps lost; empty
+    shards handed over.
+    """
     wanted = train("torch", **settings)
     with stand_in.installed():
         found = train("apex", **settings)
