@@ -238,7 +238,11 @@ def test_a_resumed_run_is_bit_exact_with_dropout(pool: WorkerPool, tmp_path: Pat
         assert all(torch.equal(a, b) for a, b in zip(weights, found_weights, strict=True))
 
 
-@pytest.mark.parametrize("target", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4], LAYOUTS[7]], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "target",
+    [LAYOUTS[2], LAYOUTS[7], *(pytest.param(LAYOUTS[number], marks=pytest.mark.full) for number in (0, 4))],
+    ids=lambda layout: layout.name,
+)
 def test_a_run_moved_to_another_layout_continues_to_rounding(
     pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory, target: Layout
 ) -> None:

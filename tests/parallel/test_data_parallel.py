@@ -98,7 +98,7 @@ def check_norm_of_ones(pool, layout, tied, broken=None):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_norm_counts_each_logical_element_once(pool, layout, tied):
     """T26: all gradients one give the root of the number of logical parameters, on every rank.
 
@@ -128,7 +128,7 @@ def check_equals_one_process(pool, layout, micro_batches, broken=None):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_layout_equals_one_process(pool, layout, micro_batches):
     """T1, T22, T23, T24: gradients, norm, and weights after three clipped steps; uneven and empty shards included.
 

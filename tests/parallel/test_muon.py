@@ -49,14 +49,19 @@ MODEL: dict[str, Any] = {"swiglu": True, "normalization": "RMSNorm"}
 LAYOUTS = [
     Layout(tp=2, query_groups=4, **MODEL),
     Layout(dp=3, strategy="optim_grads_params", query_groups=4, **MODEL),
-    Layout(dp=4, replicas=2, strategy="optim", query_groups=4, **MODEL),
     Layout(tp=2, sp=True, dp=2, strategy="optim", query_groups=1, tied=False, positions="rope"),
-    Layout(pp=2, dp=2, strategy="optim", accumulation=2, layers=4, **MODEL),
-    Layout(tp=2, dp=2, strategy="optim", tied=False, positions="rope", variant="gates"),
     Layout(pp=2, tp=2, sp=True, positions="rope", variant="deepseek", accumulation=2),
     Layout(tp=2, sp=True, dp=2, ep=2, etp=2, moe="gated", strategy="optim", **MODEL),
-    Layout(tp=2, sp=True, dp=2, ep=2, etp=1, moe="gmlp", strategy="optim_grads_params", **MODEL),
-    pytest.param(Layout(dp=6, ep=2, moe="bias", strategy="optim", **MODEL), marks=pytest.mark.full),
+    *(
+        pytest.param(layout, marks=pytest.mark.full)
+        for layout in (
+            Layout(dp=4, replicas=2, strategy="optim", query_groups=4, **MODEL),
+            Layout(pp=2, dp=2, strategy="optim", accumulation=2, layers=4, **MODEL),
+            Layout(tp=2, dp=2, strategy="optim", tied=False, positions="rope", variant="gates"),
+            Layout(tp=2, sp=True, dp=2, ep=2, etp=1, moe="gmlp", strategy="optim_grads_params", **MODEL),
+            Layout(dp=6, ep=2, moe="bias", strategy="optim", **MODEL),
+        )
+    ),
 ]
 
 

@@ -236,7 +236,11 @@ class CountedReads(MetricsBuffer):
 
 @pytest.mark.parametrize(
     "words",
-    ["--log-params-norm --log-num-zeros-in-grad --clip-grad 0.5 --manual-gc --manual-gc-interval 2", "--fp16", EXPERTS],
+    [
+        "--log-params-norm --log-num-zeros-in-grad --clip-grad 0.5 --manual-gc --manual-gc-interval 2",
+        pytest.param("--fp16", marks=pytest.mark.full),
+        EXPERTS,
+    ],
     ids=["dense", "loss scale", "experts"],
 )
 def test_the_loop_reads_at_log_intervals_only(words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("iteration", [2, 7])
+@pytest.mark.parametrize("iteration", [pytest.param(2, marks=pytest.mark.full), 7])
 def test_the_numbers_are_those_of_the_run(trained, monkeypatch, tmp_path, capsys, iteration) -> None:  # type: ignore[no-untyped-def]
     """From the checkpoint before (or the start), bit for bit, with dropout; and the run's files stay as they are.
 

@@ -39,18 +39,26 @@ def first_loss(monkeypatch, path: Path, dense: Path, *words: str) -> float:
         ([], []),
         (["--swiglu", "--disable-bias-linear"], ["--moe-router-topk", "3"]),
         pytest.param(["--swiglu"], ["--moe-layer-freq", "[0,1]"], marks=pytest.mark.full),
-        (["--swiglu", "--position-embedding-type", "rope", "--mtp-num-layers", "2"], []),
+        pytest.param(
+            ["--swiglu", "--position-embedding-type", "rope", "--mtp-num-layers", "2"], [], marks=pytest.mark.full
+        ),
         pytest.param(
             ["--swiglu"],
             ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"],
             marks=pytest.mark.full,
         ),
-        ([], ["--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
+        pytest.param(
+            [],
+            ["--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"],
+            marks=pytest.mark.full,
+        ),
         pytest.param([], ["--moe-router-pre-softmax", "--moe-router-topk", "4"], marks=pytest.mark.full),
         pytest.param(["--swiglu"], HALVES, marks=pytest.mark.full),
         ([], [*HALVES, "--moe-router-topk", "4"]),
-        ([], ["--moe-router-score-function", "sqrtsoftplus"]),
-        ([], ["--moe-router-load-balancing-type", "sinkhorn", "--moe-router-topk", "4"]),
+        pytest.param([], ["--moe-router-score-function", "sqrtsoftplus"], marks=pytest.mark.full),
+        pytest.param(
+            [], ["--moe-router-load-balancing-type", "sinkhorn", "--moe-router-topk", "4"], marks=pytest.mark.full
+        ),
         (["--swiglu"], [*HALVES, "--moe-router-num-groups", "2", "--moe-router-group-topk", "1"]),
     ],
 )
@@ -67,14 +75,19 @@ def test_the_loss_is_that_of_the_dense_model(monkeypatch, tmp_path, dense, train
     ("shape", "experts"),
     [
         ([], ["--moe-router-pre-softmax"]),
-        ([], [*K1, "--moe-router-pre-softmax", "--moe-router-topk-scaling-factor", "2.5"]),
-        (["--swiglu"], [*HALVES, "--moe-router-pre-softmax"]),
-        ([], [*K1, "--moe-router-score-function", "sigmoid"]),
-        ([], [*K1, "--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
-        ([], [*K1, "--moe-router-score-function", "sqrtsoftplus"]),
-        ([], [*K1, "--moe-router-load-balancing-type", "sinkhorn"]),
-        ([], ["--moe-router-load-balancing-type", "sinkhorn"]),
         (["--swiglu"], [*HALVES, "--moe-router-load-balancing-type", "sinkhorn"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ([], [*K1, "--moe-router-pre-softmax", "--moe-router-topk-scaling-factor", "2.5"]),
+                (["--swiglu"], [*HALVES, "--moe-router-pre-softmax"]),
+                ([], [*K1, "--moe-router-score-function", "sigmoid"]),
+                ([], [*K1, "--moe-router-score-function", "sigmoid", "--moe-router-topk-scaling-factor", "2.5"]),
+                ([], [*K1, "--moe-router-score-function", "sqrtsoftplus"]),
+                ([], [*K1, "--moe-router-load-balancing-type", "sinkhorn"]),
+                ([], ["--moe-router-load-balancing-type", "sinkhorn"]),
+            )
+        ),
     ],
 )
 def test_weights_that_depend_on_logits_sum_to_one_at_zero(monkeypatch, tmp_path, dense, trained, shape, experts):
