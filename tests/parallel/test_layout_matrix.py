@@ -124,7 +124,7 @@ EXPERTS_IN_FULL = [
     Layout(moe="gmlp", tp=2, sp=True, cp=2, dp=2, ep=2, etp=2, strategy="optim_grads_params", positions="rope"),
     Layout(moe="gmlp", ep=2, dp=2, replicas=2, strategy="optim_grads", accumulation=2, dispatcher="allgather"),
     Layout(moe="global", tp=2, sp=True, ep=2, etp=1, accumulation=3),
-    Layout(moe="global", cp=2, ep=2, accumulation=2),
+    Layout(moe="global", cp=2, ep=2, accumulation=2, compiled=True),
     Layout(moe="global", tp=2, sp=True, ep=2, etp=1, dp=2, accumulation=2),
     Layout(moe="sinkhorn", dp=2, ep=2, accumulation=3),
     Layout(moe="bias", tp=2, ep=2, dp=2, strategy="optim_grads_params", accumulation=2, swiglu=True, compiled=True),
