@@ -4,12 +4,13 @@ Of Muon, by Jordan et al., 2024, kellerjordan.github.io/posts/muon; the sets of 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import chain, cycle, islice, repeat
 
 import torch
 from torch import Tensor
 
+from megatron_lite.ops.tf32 import tf32
 from megatron_lite.optimizer.config import OptimizerConfig
 
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
@@ -64,22 +65,12 @@ def newton_schulz(matrices: Tensor, steps: int, coefficient_type: str = "quintic
     if x.dtype != torch.float64 and precision == "medium":
         x = x.bfloat16()
     x = x.reshape(-1, *x.shape[-2:])
-    with _tf32() if precision == "high" else nullcontext():
+    with tf32() if precision == "high" else nullcontext():
         for a, b, c in coefficients_of_steps(coefficient_type, steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.mT if tall else x
     return x.to(matrices.dtype).reshape(matrices.shape)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def scale_factor(rows: int, columns: int, mode: str) -> float:

@@ -114,10 +114,7 @@ class PipelinedForwardBackward:
         weights that are connected in several places. There all is computed with the gradients of the activations.
         """
         whole = self.config.gradients_together is not None or getattr(chunk, "mtp", None) is not None
-        compiled = any(
-            getattr(module, "is_compiled", False) or module._compiled_call_impl is not None
-            for module in chunk.modules()
-        )
+        compiled = any(getattr(module, "is_compiled", False) for module in chunk.modules())
         return self.config.schedule in SPLIT_BACKWARD and not whole and not compiled
 
 

@@ -5,7 +5,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.ops.grouped_linear import choose_backend
+from megatron_lite.ops.tf32 import tf32
 from megatron_lite.optimizer import OptimizerConfig
 from megatron_lite.tensor_parallel.layers import way_of_overlap
 from megatron_lite.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -51,10 +52,6 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     device = training_device(config.distributed.distributed_backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if config.transformer.params_dtype.itemsize == 2:
-            # What is multiplied in float32 then (in routers, and in attention without a kernel) comes of numbers of 16
-            # bits, of which TF32 loses none, and what comes out is rounded to 16 bits soon.
-            torch.set_float32_matmul_precision("high")
     else:
         _share_cores()
     if config.transformer.deterministic_mode:
@@ -64,8 +61,12 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     )
     initialize_parallel_groups(config)
     set_random_seed(config.rng.seed)
+    # What a 16-bit run multiplies in float32 (in routers, and in attention without a kernel) comes of numbers of 16
+    # bits, of which TF32 loses none, and is rounded to 16 bits soon.
+    narrow = device.type == "cuda" and config.transformer.params_dtype.itemsize == 2
     try:
-        yield device
+        with tf32() if narrow else nullcontext():
+            yield device
     except BaseException:
         # Taking groups down waits for the other ranks, which may never come; the error must be seen before that.
         if config.world_size == 1:

@@ -57,8 +57,8 @@ def gated_activation(config: TransformerConfig) -> Callable[[Tensor, bool], Tens
 def reorders_weight(x: Tensor, weight: Tensor) -> bool:
     """Whether the interleaved rows of a weight are reordered before the product, gates first, for the activation.
 
-    A GPU reads every second number of the output at hardly any cost. On a CPU that takes several times as long as
-    neighbours do, and moving whole rows of the weight is cheaper, unless x has very few.
+    On a CPU every second number of the output takes several times as long to read as neighbours do, so moving whole
+    rows of the weight is cheaper, unless x has very few. A GPU fetches neighbours together, and nothing is reordered.
 
     Args:
         x: [..., in].

@@ -77,6 +77,7 @@ def train(impl: str, dtype: torch.dtype = torch.float32, **settings: Any) -> dic
         {"loss_scale": 64.0},
         {"fp16": True, "initial_loss_scale": 8.0},
         {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"},
+        {"optimizer_cpu_offload": True},
     ],
     ids=str,
 )
