@@ -385,6 +385,22 @@ def test_transformer_engine_wants_a_gpu_and_no_compilation(monkeypatch: pytest.M
     assert "compile is set with transformer_impl transformer_engine" in found
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"norm_impl": "apex", "apply_layernorm_1p": None}, {"adam_impl": "apex", "optimizer": "sgd"}],
+    ids=str,
+)
+def test_a_package_that_has_nothing_to_do_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]
+) -> None:
+    """It is said to be without effect, keeps nothing from being compiled, and need not be there.
+
+    Mutation: asked for by the flag alone.
+    """
+    assert violations(monkeypatch, 1, words(**changes, compile=None)) == []
+    assert any("without effect" in notice for notice in parse_args(words(**changes)).notices)
+
+
 LEGAL_UNDER_CONTEXT_PARALLELISM: list[tuple[int, dict[str, str | None]]] = [
     (2, CP2),
     (1, {"cp_comm_type": "a2a+p2p", "attention_dropout": "0.1"}),  # one rank communicates with nobody
