@@ -9,6 +9,7 @@ transformers.AutoModelForCausalLM.from_pretrained.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def from_huggingface(folder: str, root: str) -> None:
     model = architecture_of(settings)
     tokenizer = Path(root) / "tokenizer"
     if copy_tokenizer(folder, tokenizer):
+        shutil.copyfile(Path(folder) / "config.json", tokenizer / "config.json")  # can decide the tokenizer's class
         named = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tokenizer.resolve()))
     else:
         named = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=model.vocab_size)

@@ -1,4 +1,4 @@
-"""Tokenize JSON lines into the .bin/.idx files that training reads.
+"""Tokenize text (JSON lines, .txt, Parquet) into the .bin/.idx files that training reads.
 
 python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 8
@@ -8,7 +8,6 @@ writes data/corpus_text_document.bin and .idx; train on them with --data-path da
 
 import argparse
 import dataclasses
-import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_lite.config_field import FLAG
 from megatron_lite.datasets.preprocessing import PreprocessConfig, PreprocessSummary, preprocess
+from megatron_lite.datasets.text_files import TXT_DOCUMENTS, find_inputs
 from megatron_lite.datasets.utils import available_cores
 from megatron_lite.errors import ConfigError
 from megatron_lite.tokenizers import TokenizerConfig
@@ -32,9 +32,17 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON lines, .gz and .zst too; patterns like 'a/*.gz'.",
+        help="JSON lines or .txt, .gz and .zst too; .parquet; folders of them; patterns like 'a/*.gz'.",
     )
-    group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="Members to tokenize.")
+    group.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="Members or columns to tokenize."
+    )
+    group.add_argument(
+        "--txt-documents",
+        choices=TXT_DOCUMENTS,
+        default="file",
+        help="What a document of a .txt file is: the file, a line, or the lines between blank lines.",
+    )
     group.add_argument("--skip-bad-lines", action="store_true", help="Leave out lines that cannot be used.")
     group = parser.add_argument_group("tokenizer")
     hints = get_type_hints(TokenizerConfig)
@@ -64,17 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """The files that names and patterns stand for, in the order given, those of a pattern sorted."""
-    found: list[str] = []
-    for pattern in patterns:
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise ConfigError(f"--input {pattern!r} matches no file.")
-        found += matches
-    return found
-
-
 class Progress:
     """A bar over the bytes of the input files, with an estimate of the time left."""
 
@@ -99,13 +96,16 @@ def print_summary(summary: PreprocessSummary) -> None:
     speed = summary.text_bytes / 1e6 / max(summary.seconds, 1e-9)
     print(f"documents            {summary.documents:,}")
     print(f"tokens               {tokens:,}")
-    print(f"bytes of JSON        {summary.text_bytes:,}  ({summary.text_bytes / max(tokens, 1):.2f} per token)")
+    print(f"bytes of text        {summary.text_bytes:,}  ({summary.text_bytes / max(tokens, 1):.2f} per token)")
     print(f"tokens per document  {tokens / max(summary.documents, 1):,.1f}")
     print(f"time                 {summary.seconds:.1f} s  ({speed:.1f} MB/s)")
     if summary.bad_lines:
         print(f"left out             {summary.bad_lines:,} bad lines, the first of them:")
         for line in summary.bad_lines_shown:
             print(f"  {line}")
+    for key, number in summary.tokens.items():
+        if not number:
+            print(f"warning              no document has a token under {key!r}; nothing can be trained on its files")
     for path in summary.outputs:
         print(f"wrote                {path}  ({os.path.getsize(path):,} bytes)")
 
@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output_prefix=arguments.output_prefix,
             tokenizer=tokenizer,
             json_keys=arguments.json_keys,
+            txt_documents=arguments.txt_documents,
             append_eod=arguments.append_eod,
             workers=arguments.workers,
             skip_bad_lines=arguments.skip_bad_lines,

@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer (byte pair encoding, with single bytes for unseen characters) on JSON lines.
+"""Train a SentencePiece tokenizer (byte pair encoding, with single bytes for unseen characters) on text.
 
 python tools/train_sentencepiece.py --input corpus.jsonl --model-prefix tokenizer --vocab-size 4096
 
@@ -8,7 +8,6 @@ Text comes back exactly as it went in: nothing is normalized, and spaces and lin
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import sentencepiece
 
-from megatron_lite.datasets.preprocessing import read_batches
+from megatron_lite.datasets.text_files import Record, find_inputs, members_of, read_batches, texts_of
 from megatron_lite.datasets.utils import available_cores, write_whole
 from megatron_lite.errors import ConfigError
 
@@ -25,31 +24,68 @@ LONGEST_LINE = 16384
 """Bytes; longer lines teach a tokenizer nothing and cost much."""
 
 
-def sampled_lines(paths: Sequence[str], key: str, max_bytes: int) -> Iterator[str]:
-    """Lines of the texts, from evenly spread documents that make up about `max_bytes` bytes."""
+def sampled_lines(paths: Sequence[str], key: str, max_bytes: int, skip_bad_lines: bool = False) -> Iterator[str]:
+    """Lines of the texts, from evenly spread documents that make up about `max_bytes` bytes.
+
+    Raises:
+        ConfigError: a document cannot be used and `skip_bad_lines` is off, or no line is of use.
+    """
     total = sum(os.path.getsize(path) for path in paths)
     keep_every = max(1, round(total / max_bytes))
-    number = 0
+    number, learned = 0, 0
+    passed_over: tuple[str, Record] | None = None
+    for path, record in _records(paths, key):
+        number += 1
+        if number % keep_every:
+            passed_over = passed_over or (path, record)
+            continue
+        for line in _lines_of(path, record, key, skip_bad_lines):
+            learned += len(line.encode()) <= LONGEST_LINE
+            yield line
+    if learned == 0 and passed_over is not None:  # fewer documents than the share of one
+        for line in _lines_of(*passed_over, key, skip_bad_lines):
+            learned += len(line.encode()) <= LONGEST_LINE
+            yield line
+    if learned == 0:
+        raise ConfigError(
+            f"There is no line to learn from among {number:,} documents of {', '.join(paths[:3])}: name files with "
+            f"text in --input; lines of more than {LONGEST_LINE:,} bytes are passed over."
+        )
+
+
+def _records(paths: Sequence[str], key: str) -> Iterator[tuple[str, Record]]:
+    """Each document and its file; of a .txt file each line, since lines are learned from."""
     for path in paths:
-        for batch in read_batches(path):
-            for line_number, line in enumerate(batch.lines, batch.first_line):
-                number += 1
-                if number % keep_every or not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)[key]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ConfigError(
-                        f"{path}:{line_number}: no text under {key!r} in this line ({error!r})."
-                    ) from error
-                yield from text.splitlines(keepends=True)
+        for batch in read_batches(path, (key,), "line"):
+            for record in batch.records:
+                yield path, record
+
+
+def _lines_of(path: str, record: Record, key: str, skip_bad_lines: bool) -> list[str]:
+    try:
+        return [line for text in texts_of(members_of(record), key) for line in text.splitlines(keepends=True)]
+    except (ValueError, RecursionError) as error:
+        if skip_bad_lines:
+            return []
+        raise ConfigError(
+            f"{path}:{record.number}: {error}. Mend the line, or leave out such lines with --skip-bad-lines."
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, .gz and .zst too.")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="Member that holds the text.")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines or .txt, .gz and .zst too; .parquet; folders of them; patterns like 'a/*.gz'.",
+    )
+    parser.add_argument(
+        "--json-key", "--json-keys", default="text", metavar="KEY", help="Member or column that holds the text."
+    )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="Leave out lines that cannot be used.")
     parser.add_argument("--model-prefix", required=True, metavar="PATH", help="Writes PATH.model.")
     parser.add_argument("--vocab-size", type=int, default=4096, help="Tokens, the 256 bytes and symbols included.")
     parser.add_argument("--max-bytes", type=int, default=20_000_000, help="Text to learn from; more is sampled.")
@@ -58,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sampled_lines(arguments.input, arguments.json_key, arguments.max_bytes),
+            sentence_iterator=sampled_lines(
+                find_inputs(arguments.input), arguments.json_key, arguments.max_bytes, arguments.skip_bad_lines
+            ),
             model_writer=model,
             vocab_size=arguments.vocab_size,
             model_type="bpe",

@@ -16,7 +16,9 @@ class DataConfig(Validated):
     """The data of a run."""
 
     data_path: list[str] | None = knob(
-        None, "Prefixes of .bin/.idx pairs, or weights and prefixes in turn, divided by --split.", metavar="WORD"
+        None,
+        "Prefixes (or files) of .bin/.idx pairs, or weights and prefixes in turn, divided by --split.",
+        metavar="WORD",
     )
     train_data_path: list[str] | None = knob(
         None, "As --data-path, for the training data alone; without --split.", metavar="WORD"

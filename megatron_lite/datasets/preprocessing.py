@@ -1,28 +1,21 @@
-"""JSON lines to tokenized .bin/.idx files, in order and in bounded memory, by any number of processes."""
+"""Text to tokenized .bin/.idx files, in order and in bounded memory, by any number of processes."""
 
-import gzip
-import io
-import json
 import multiprocessing
 import os
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path, optimal_dtype
+from megatron_lite.datasets.text_files import Batch, Record, members_of, read_batches, texts_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.tokenizers import MegatronTokenizer, TokenizerConfig, build_tokenizer
-from megatron_lite.tokenizers.megatron_tokenizer import require_package
-
-BATCH_BYTES = 1 << 18
-"""Text handed to a process at a time."""
 
 BATCHES_IN_FLIGHT = 4
 """Batches a process may be ahead of the writer; bounds the memory."""
@@ -35,11 +28,12 @@ class PreprocessConfig:
     """What to tokenize and how.
 
     Attributes:
-        inputs: files of JSON lines; names that end in .gz or .zst are decompressed.
+        inputs: files of JSON lines, .txt or .parquet; names that end in .gz or .zst are decompressed.
         output_prefix: the files become `{output_prefix}_{key}_document.bin` and `.idx`.
         tokenizer: settings of the tokenizer.
-        json_keys: members of each line's object to tokenize, each into files of its own. A list of texts becomes a
-            document of several sequences.
+        json_keys: members of each line's object, or columns, to tokenize, each into files of its own. A list of texts
+            becomes a document of several sequences. Plain text has the one member `text`.
+        txt_documents: what a document of a .txt file is, see read_batches.
         append_eod: end each document with the tokenizer's end-of-document token.
         workers: processes that tokenize. The files do not depend on their number.
         skip_bad_lines: leave out lines that cannot be used, instead of stopping at the first.
@@ -49,6 +43,7 @@ class PreprocessConfig:
     output_prefix: str
     tokenizer: TokenizerConfig
     json_keys: Sequence[str] = ("text",)
+    txt_documents: str = "file"
     append_eod: bool = False
     workers: int = 1
     skip_bad_lines: bool = False
@@ -59,8 +54,8 @@ class PreprocessSummary:
     """What has been done so far.
 
     Attributes:
-        documents: lines written.
-        text_bytes: bytes of JSON read, decompressed.
+        documents: documents written.
+        text_bytes: bytes read, decompressed; of Parquet those of the columns.
         file_bytes: bytes read from disk.
         bad_lines: number of lines left out.
         bad_lines_shown: the first of them, each with its place and reason.
@@ -77,15 +72,6 @@ class PreprocessSummary:
     tokens: dict[str, int] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class Batch(NamedTuple):
-    """Consecutive lines of one file, and how far into the file (in bytes on disk) reading them went."""
-
-    path: str
-    first_line: int
-    lines: list[bytes]
-    file_bytes: int
 
 
 class EncodedDocument(NamedTuple):
@@ -113,35 +99,43 @@ class Encoder:
         self.end = [tokenizer.eod] if config.append_eod else []
 
     def encode_batch(self, batch: Batch) -> EncodedBatch:
-        """Tokenize each line of a batch. Blank lines are passed over."""
+        """Tokenize each record of a batch."""
         documents, bad_lines = [], []
-        for number, line in enumerate(batch.lines, batch.first_line):
-            if not line.strip():
-                continue
+        for record in batch.records:
             try:
-                documents.append(self._encode_line(line))
+                documents.append(self._encode_record(record))
             except (ValueError, RecursionError) as error:
-                bad_lines.append(f"{batch.path}:{number}: {error}")
-        return EncodedBatch(documents, bad_lines, sum(map(len, batch.lines)), batch.file_bytes)
+                bad_lines.append(f"{batch.path}:{record.number}: {error}")
+        return EncodedBatch(documents, bad_lines, batch.text_bytes, batch.file_bytes)
 
-    def _encode_line(self, line: bytes) -> dict[str, EncodedDocument]:
-        members = json.loads(line)
-        if not isinstance(members, dict):
-            raise ValueError(f"expected a JSON object, found a {type(members).__name__}")
-        return {key: self._encode_text(members, key) for key in self.json_keys}
+    def _encode_record(self, record: Record) -> dict[str, EncodedDocument]:
+        members = members_of(record)
+        return {key: self._encode_texts(texts_of(members, key)) for key in self.json_keys}
 
-    def _encode_text(self, members: dict[str, Any], key: str) -> EncodedDocument:
-        if key not in members:
-            raise ValueError(f"the object has no member {key!r}, only {', '.join(map(repr, members)) or 'none'}")
-        value = members[key]
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"the member {key!r} is not a text but a {type(value).__name__}")
-        sequences = [ids for ids in map(self.tokenizer.tokenize, texts) if len(ids)]
+    def _encode_texts(self, texts: list[str]) -> EncodedDocument:
+        sequences = [ids for ids in map(self._tokenize, texts) if len(ids)]
         if sequences:
             sequences[-1] = [*sequences[-1], *self.end]
         tokens = [token for ids in sequences for token in ids]
+        limit = self.tokenizer.vocab_size
+        strange = [token for token in (min(tokens, default=0), max(tokens, default=0)) if not 0 <= token < limit]
+        if strange:
+            raise ValueError(
+                f"the tokenizer makes the id {strange[0]} of {texts[0][:40]!r}, but its vocabulary ends at "
+                f"{limit - 1}; change the text or the --vocab-size"
+            )
         return EncodedDocument(np.array(tokens, np.int32), [len(ids) for ids in sequences])
+
+    def _tokenize(self, text: str) -> list[int]:
+        try:
+            return self.tokenizer.tokenize(text)
+        except ConfigError:
+            raise
+        except Exception as error:  # the libraries raise whatever they like
+            raise ValueError(
+                f"the tokenizer cannot take the text {text[:40]!r} of {len(text):,} characters "
+                f"({type(error).__name__}: {str(error)[:200]}); change, shorten or split it"
+            ) from error
 
 
 def preprocess(
@@ -157,7 +151,7 @@ def preprocess(
 
     Raises:
         ConfigError: an input is missing or broken, or a line cannot be used and `skip_bad_lines` is off; names the file
-            and the line.
+            and the line. Or there is no token to write.
     """
     started = time.monotonic()
     for path in config.inputs:
@@ -181,6 +175,8 @@ def preprocess(
             summary.tokens = {key: builder.num_tokens for key, builder in builders.items()}
             summary.seconds = time.monotonic() - started
             progress(summary)
+        if not any(summary.tokens.values()):
+            raise ConfigError(_why_nothing(config, summary))
     except BaseException:
         for builder in builders.values():
             builder.abort()
@@ -192,16 +188,34 @@ def preprocess(
     return summary
 
 
+def _why_nothing(config: PreprocessConfig, summary: PreprocessSummary) -> str:
+    """What was found instead of texts."""
+    found = []
+    if summary.documents:
+        found.append(
+            f"{summary.documents:,} documents without a token under {' or '.join(map(repr, config.json_keys))}"
+        )
+    if summary.bad_lines:
+        found.append(f"{summary.bad_lines:,} bad lines, the first of them {summary.bad_lines_shown[0]}")
+    files = ", ".join(config.inputs[:3]) + (f" and {len(config.inputs) - 3} more" if len(config.inputs) > 3 else "")
+    return (
+        f"There is nothing to write: {files} held {' and '.join(found) or 'no document, at most blank lines'}. Name "
+        "files with text in --input, and the members that hold it in --json-keys."
+    )
+
+
 def _count_bad_lines(batch: EncodedBatch, summary: PreprocessSummary, skip: bool) -> None:
     if batch.bad_lines and not skip:
-        raise ConfigError(f"{batch.bad_lines[0]}. Mend the line, or leave out such lines with --skip-bad-lines.")
+        raise ConfigError(
+            f"{batch.bad_lines[0].rstrip('.')}. Mend the line, or leave out such lines with --skip-bad-lines."
+        )
     summary.bad_lines += len(batch.bad_lines)
     summary.bad_lines_shown += batch.bad_lines[: BAD_LINES_SHOWN - len(summary.bad_lines_shown)]
 
 
 def _encode_all(config: PreprocessConfig, tokenizer: MegatronTokenizer) -> Iterator[EncodedBatch]:
     """All batches in order, encoded here or by processes."""
-    batches = (batch for path in config.inputs for batch in read_batches(path))
+    batches = (batch for path in config.inputs for batch in read_batches(path, config.json_keys, config.txt_documents))
     if config.workers <= 1:
         yield from map(Encoder(config, tokenizer).encode_batch, batches)
         return
@@ -233,52 +247,3 @@ def _start_process(config: PreprocessConfig) -> None:
 def _encode_in_process(batch: Batch) -> EncodedBatch:
     assert _encoder_of_process is not None
     return _encoder_of_process.encode_batch(batch)
-
-
-def read_batches(path: str, batch_bytes: int = BATCH_BYTES) -> Iterator[Batch]:
-    """The lines of a file in batches of about `batch_bytes` bytes.
-
-    Raises:
-        ConfigError: the file is compressed and broken, or the package that decompresses it is missing.
-    """
-    with open(path, "rb") as raw:
-        lines: list[bytes] = []
-        first_line, size, position = 1, 0, 0
-        try:
-            for line in _decompressed(raw, path):
-                lines.append(line)
-                size += len(line)
-                if size >= batch_bytes:
-                    here = raw.tell()
-                    yield Batch(path, first_line, lines, here - position)
-                    first_line, lines, size, position = first_line + len(lines), [], 0, here
-        except (EOFError, OSError, zlib.error) as error:
-            raise ConfigError(
-                f"{path}:{first_line + len(lines)}: the file is broken after this line: {error}"
-            ) from error
-        if lines:
-            yield Batch(path, first_line, lines, raw.tell() - position)
-
-
-def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
-    if path.endswith(".zst"):
-        zstandard = require_package("zstandard", f"reading {path}")
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return _ZstdLines(reader, zstandard.ZstdError)  # type: ignore[return-value]
-    return raw
-
-
-class _ZstdLines(io.BufferedReader):
-    """Lines of a zstd stream; its errors become OSError, as those of gzip are."""
-
-    def __init__(self, reader: Any, error: type[Exception]) -> None:
-        super().__init__(reader)
-        self._error = error
-
-    def __next__(self) -> bytes:
-        try:
-            return super().__next__()
-        except self._error as error:
-            raise OSError(str(error)) from error

@@ -41,7 +41,8 @@ def normalize(weights: Sequence[float]) -> list[float]:
 def get_blend_from_list(blend: Sequence[str] | None) -> Blend | None:
     """Read the words of `--data-path`: prefixes, or weights and prefixes in turn.
 
-    `["30", "a", "70", "b"]` gives `(["a", "b"], [30.0, 70.0])` and `["a", "b"]` gives `(["a", "b"], None)`.
+    `["30", "a", "70", "b"]` gives `(["a", "b"], [30.0, 70.0])` and `["a", "b"]` gives `(["a", "b"], None)`. The name
+    of a file of a pair stands for the pair, and both of them, as a pattern of the shell gives them, for one pair.
 
     Raises:
         ConfigError: some words in the places of weights are numbers and some are not.
@@ -54,14 +55,22 @@ def get_blend_from_list(blend: Sequence[str] | None) -> Blend | None:
     places_of_weights, places_of_prefixes = words[0::2], words[1::2]
     weights = [_as_number(word) for word in places_of_weights]
     if len(words) % 2 == 1 or all(weight is None for weight in weights):
-        return words, None
+        files_of: dict[str, str] = {}
+        twice = [word for word in words if files_of.setdefault(_as_prefix(word), word) != word]
+        return [_as_prefix(word) for word in words if word not in twice], None
     for word, weight in zip(places_of_weights, weights, strict=True):
         if weight is None:
             raise ConfigError(
                 f"{word!r} stands where a weight is expected in {' '.join(words)!r}; "
                 "write either prefixes alone or a weight before each prefix."
             )
-    return places_of_prefixes, [weight for weight in weights if weight is not None]
+    return list(map(_as_prefix, places_of_prefixes)), [weight for weight in weights if weight is not None]
+
+
+def _as_prefix(word: str) -> str:
+    """The prefix of a pair that is named by itself or by one of its files."""
+    is_file = word.endswith((".bin", ".idx")) and not os.path.isfile(f"{word}.idx")
+    return os.path.splitext(word)[0] if is_file else word
 
 
 def _as_number(word: str) -> float | None:

@@ -10,15 +10,24 @@ from megatron_lite.tokenizers.megatron_tokenizer import MegatronTokenizer, requi
 
 GPT2_EOD = "<|endoftext|>"
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
-"""End-of-sequence tokens looked for, in this order, beside a `tokenizer.json` that no settings name one for."""
+"""End-of-sequence tokens looked for, in this order, in a tokenizer whose settings name none."""
+
+ROLES = ("bos", "eos", "pad", "unk")
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+"""Files beside a `tokenizer.json` that change what transformers makes of it."""
 
 
 class HuggingFaceTokenizer(MegatronTokenizer):
-    """A `tokenizer.json`, read by the package `tokenizers`, or else a name or folder for transformers to load.
+    """What transformers' AutoTokenizer makes of a folder or name, with the same ids.
+
+    A `tokenizer.json` that stands alone has only one reading and is left to the package `tokenizers`. Which tokens the
+    files beside it add, and around what texts, depends on the class they name and on the version of transformers, so
+    nothing else reads them here.
 
     Args:
-        tokenizer_path: a `tokenizer.json`, a folder that holds one, or a name transformers knows; only such a name may
-            make transformers download something.
+        tokenizer_path: a `tokenizer.json`, a folder that holds one or what else transformers can load, or a name
+            transformers knows; only such a name may make transformers download something.
         special_tokens: tokens to add.
         include_special_tokens: put around each text what the tokenizer puts around a text by itself, such as its
             begin-of-sequence token.
@@ -48,18 +57,21 @@ class HuggingFaceTokenizer(MegatronTokenizer):
             use_gigatoken=False,
         )
         self._include_special_tokens = include_special_tokens
-        json_path = tokenizer_path
+        json_path, folder = tokenizer_path, os.path.dirname(tokenizer_path)
         if os.path.isdir(tokenizer_path):
-            json_path = os.path.join(tokenizer_path, "tokenizer.json")
-        if os.path.isfile(json_path) and use_fast:
+            json_path, folder = os.path.join(tokenizer_path, "tokenizer.json"), tokenizer_path
+        settings = [name for name in SETTINGS if os.path.isfile(os.path.join(folder, name))]
+        if use_fast and os.path.isfile(json_path) and not settings:
             self._tokenizer, names = _load_json(json_path)
         else:
-            self._tokenizer, names = _load_with_transformers(tokenizer_path, use_fast, trust_remote_code)
+            self._tokenizer, names = _load_with_transformers(tokenizer_path, settings, use_fast, trust_remote_code)
         if special_tokens:
             self._tokenizer.add_special_tokens(list(special_tokens))
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        ids = {role: self._tokenizer.token_to_id(name) for role, name in names.items()}
-        self.bos, self.eos, self.pad, self.unk = (ids.get(role) for role in ("bos", "eos", "pad", "unk"))
+        vocabulary = self._tokenizer.get_vocab()
+        # Ids can have gaps, and a model needs a row for each up to the largest.
+        self.vocab_size = max(self._tokenizer.get_vocab_size(), 1 + max(vocabulary.values(), default=-1))
+        names.setdefault("eos", next((end for end in USUAL_ENDS if end in vocabulary), None))
+        self.bos, self.eos, self.pad, self.unk = (vocabulary.get(names.get(role)) for role in ROLES)
         if self.eos is None:
             raise ConfigError(
                 f"No end-of-sequence token is known for {tokenizer_path!r}, which is needed to end documents; put "
@@ -68,8 +80,15 @@ class HuggingFaceTokenizer(MegatronTokenizer):
         self.eod = self.eos
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of the text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=self._include_special_tokens).ids)
+        """The ids of the text.
+
+        Raises:
+            ConfigError: the tokenizer has no token for a piece of it, not even one for unknown pieces.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=self._include_special_tokens).ids)
+        except Exception as error:  # the package raises bare Exceptions
+            raise ConfigError(f"The tokenizer {self.path!r} cannot take the text {text[:40]!r}: {error}") from error
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens included if the tokenizer was to include them."""
@@ -125,50 +144,70 @@ class GPT2BPETokenizer(MegatronTokenizer):
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
 
-def _load_json(path: str) -> tuple[Any, dict[str, str]]:
-    """A tokenizer.json, and the names of its special tokens by role."""
+def _load_json(path: str) -> tuple[Any, dict[str, str | None]]:
+    """A tokenizer.json, and special tokens by role.
+
+    A call before it was saved may have left truncation and padding in it, which transformers does not apply to texts
+    either; but what was padded with becomes the padding token.
+    """
     tokenizers = require_package("tokenizers", "HuggingFaceTokenizer")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the package raises bare Exceptions
         raise ConfigError(f"{path!r} is not a tokenizer.json: {error}") from error
-    names: dict[str, str] = {}
-    for settings_name in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings_path = os.path.join(os.path.dirname(path), settings_name)
-        if not os.path.isfile(settings_path):
-            continue
-        try:
-            with open(settings_path, encoding="utf-8") as file:
-                settings = json.load(file)
-            given = {
-                role: settings[f"{role}_token"] for role in ("bos", "eos", "pad", "unk") if f"{role}_token" in settings
-            }
-            given = {role: value["content"] if isinstance(value, dict) else value for role, value in given.items()}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(
-                f"{settings_path!r} is no JSON mapping of settings: {type(error).__name__}: {error}"
-            ) from error
-        strange = [f"{role}_token" for role, value in given.items() if not isinstance(value, str | None)]
-        if strange:
-            raise ConfigError(f"{settings_path!r}: {strange[0]} is not the text of a token.")
-        names.update({role: value for role, value in given.items() if value is not None})
-    if "eos" not in names:
-        known = [end for end in USUAL_ENDS if tokenizer.token_to_id(end) is not None]
-        if known:
-            names["eos"] = known[0]
-    return tokenizer, names
+    tokenizer.no_truncation()
+    if tokenizer.padding is None:
+        return tokenizer, {}
+    pad = tokenizer.padding["pad_token"]
+    tokenizer.no_padding()
+    if pad not in {token.content for token in tokenizer.get_added_tokens_decoder().values()}:
+        tokenizer.add_special_tokens([pad])
+    return tokenizer, {"pad": pad}
 
 
-def _load_with_transformers(name: str, use_fast: bool, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
-    transformers = require_package("transformers", f"HuggingFaceTokenizer without a tokenizer.json at {name!r}")
+def _load_with_transformers(
+    path: str, settings: Sequence[str], use_fast: bool, trust_remote_code: bool
+) -> tuple[Any, dict[str, str | None]]:
+    """What transformers makes of a name, or of a file or folder with these settings; and special tokens by role."""
+    what = f"the settings in {', '.join(settings)} at" if settings else "the name"
+    transformers = require_package("transformers", f"HuggingFaceTokenizer, for {what} {path!r},")
+    options: dict[str, Any] = {"use_fast": use_fast, "trust_remote_code": trust_remote_code}
+    loader = transformers.AutoTokenizer
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(
-            name, use_fast=use_fast, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot load the tokenizer {name!r}: {error}") from error
-    names = {role: getattr(loaded, f"{role}_token", None) for role in ("bos", "eos", "pad", "unk")}
-    return _TransformersTokenizer(loaded), {role: token for role, token in names.items() if token is not None}
+        if os.path.exists(path):
+            folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+            config = _read_settings(os.path.join(folder, "tokenizer_config.json"))
+            # Where no file names a class, AutoTokenizer takes this one, but in version 4 guesses by the folder's name.
+            named = "config.json" in settings or config.get("tokenizer_class") or config.get("auto_map")
+            if use_fast and not named:
+                loader = transformers.PreTrainedTokenizerFast
+            options |= {"local_files_only": True, **_unmarked_tokens(config, transformers.AddedToken)}
+            if os.path.basename(path) != "tokenizer.json" and os.path.isfile(path):
+                options["tokenizer_file"] = path
+            path = folder
+        loaded = loader.from_pretrained(path, **options)
+    except Exception as error:  # it raises whatever a damaged file makes its classes raise
+        raise ConfigError(
+            f"transformers cannot load the tokenizer {path!r}: {type(error).__name__}: {error}"
+        ) from error
+    names = {role: loaded.special_tokens_map.get(f"{role}_token") for role in ROLES}
+    return _TransformersTokenizer(loaded), {role: name for role, name in names.items() if name is not None}
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return dict(json.load(file))
+
+
+def _unmarked_tokens(config: dict[str, Any], token_class: Any) -> dict[str, Any]:
+    """Tokens that a tokenizer_config.json gives as objects without the mark by which transformers knows them."""
+    return {
+        key: token_class(**value)
+        for key, value in config.items()
+        if key.endswith("_token") and isinstance(value, dict) and "__type" not in value
+    }
 
 
 class _Encoding:
@@ -185,16 +224,16 @@ class _TransformersTokenizer:
         self._loaded = loaded
 
     def add_special_tokens(self, tokens: list[str]) -> None:
-        self._loaded.add_special_tokens({"additional_special_tokens": tokens})
+        self._loaded.add_tokens(tokens, special_tokens=True)
 
     def get_vocab_size(self) -> int:
         return len(self._loaded)
 
-    def token_to_id(self, token: str) -> int | None:
-        return self._loaded.convert_tokens_to_ids(token)
+    def get_vocab(self) -> dict[str, int]:
+        return self._loaded.get_vocab()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> _Encoding:
-        return _Encoding(self._loaded.encode(text, add_special_tokens=add_special_tokens))
+        return _Encoding(self._loaded.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._loaded.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -66,8 +66,8 @@ def require_file(path: str | None, flag: str, tokenizer_type: str) -> str:
     return path
 
 
-def require_package(name: str, tokenizer_type: str) -> ModuleType:
-    """Import an optional package.
+def require_package(name: str, needed_by: str, extra: str = "tokenizers") -> ModuleType:
+    """Import an optional package, which this extra of the project brings along.
 
     Raises:
         ConfigError: it is not installed.
@@ -76,6 +76,6 @@ def require_package(name: str, tokenizer_type: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"{tokenizer_type} needs the Python package {name!r}, which cannot be imported ({error}); "
-            "install it with: pip install 'megatron_lite[tokenizers]'"
+            f"{needed_by} needs the Python package {name!r}, which cannot be imported ({error}); "
+            f"install it with: pip install 'megatron_lite[{extra}]'"
         ) from error

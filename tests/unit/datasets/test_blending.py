@@ -9,6 +9,7 @@ from megatron_lite.datasets import blending
 from megatron_lite.datasets.blended_dataset import BlendedDataset
 from megatron_lite.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron_lite.datasets.blending import build_blending_indices, build_exhaustive_blending_indices
+from megatron_lite.datasets.config import DataConfig
 from megatron_lite.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_lite.datasets.utils import get_blend_from_list, normalize, parse_and_normalize_split
 from megatron_lite.errors import ConfigError
@@ -150,6 +151,20 @@ def test_weights_without_a_number_of_samples(in_folder):
 )
 def test_words_of_data_path(words, expected):
     assert get_blend_from_list(words) == expected
+
+
+def test_a_file_stands_for_its_pair(tmp_path):
+    assert get_blend_from_list(["3", "a.bin", "7", "b.c.idx"]) == (["a", "b.c"], [3.0, 7.0])
+    assert get_blend_from_list(["a.idx"]) == (["a"], None)
+    assert get_blend_from_list(["a.bin", "a.idx", "b", "b"]) == (["a", "b", "b"], None), "a.* of the shell"
+    (tmp_path / "odd.bin.idx").write_bytes(b"")
+    assert get_blend_from_list([f"{tmp_path}/odd.bin"]) == ([f"{tmp_path}/odd.bin"], None), "a prefix of that name"
+    per_split = tmp_path / "files.json"
+    per_split.write_text('{"train": "1 a.bin 2 b.idx", "valid": ["c.bin"]}')
+    blends = DataConfig(per_split_data_args_path=str(per_split)).blends()[1]
+    assert blends == [(["a", "b"], [1.0, 2.0]), (["c"], None), None]
+    data = DataConfig(train_data_path=["a.bin"], valid_data_path=["1", "b.idx"], test_data_path=["c"])
+    assert data.blends()[1] == [(["a"], None), (["b"], [1.0]), (["c"], None)]
 
 
 @pytest.mark.parametrize("words", [["30", "a", "b", "70"], []])

@@ -23,6 +23,7 @@ from megatron_lite.datasets.gpt_dataset import (
 from megatron_lite.datasets.gpt_indices import build_sample_index, plan_samples
 from megatron_lite.datasets.index_cache import load_or_build
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron_lite.datasets.utils import normalize
 from megatron_lite.errors import ConfigError
 from tests.unit.datasets import corpora
 
@@ -244,12 +245,40 @@ def test_the_sample_that_fills_a_batch_counts_nothing(folder, monkeypatch):
     assert item["tokens"].shape == (32,)
 
 
-def test_a_split_without_tokens_is_refused(folder, monkeypatch):
+def test_a_small_corpus_has_no_validation_or_test_data(folder, monkeypatch, capsys):
+    """Said in one line each; without any training data there is nothing to do. Mutation: refuse all alike."""
     monkeypatch.chdir(folder)
-    case = {"sizes": [10, 10, 10], "config": {"sequence_length": 8, "blend": (["c"], None), "split": "999,1"}}
-    with pytest.raises(ConfigError, match=r"valid split of c is empty"):
-        build(case)
+    case = {"sizes": [10, 10, 10], "config": {"sequence_length": 8, "blend": (["c"], None), "split": "969,30,1"}}
+    train, valid, test = build(case)
+    assert (len(train) >= 10, len(valid) >= 10, test) == (True, True, None)
+    note = "note: no test data from c: too few documents for a share (--split '969,30,1')\n"
+    assert capsys.readouterr().out == note
     assert build(case | {"sizes": [10, 0, 0]})[2] is None
+    assert capsys.readouterr().out == "", "not wanted, not missed"
+    case["config"]["split"] = "998,1,1"
+    assert [dataset is None for dataset in build(case)] == [False, True, True]
+    assert capsys.readouterr().out.count("\n") == 2
+    case["config"]["split"] = "1,999"
+    with pytest.raises(ConfigError, match=r"train split of c is empty: its 25 documents"):
+        build(case)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0, 1.0], None])
+def test_a_blend_goes_without_the_part_that_has_no_documents(folder, monkeypatch, tmp_path, capsys, weights):
+    """The others take its share. Mutation: keep its weight, so that they give too few samples."""
+    monkeypatch.chdir(folder)
+    blend = {"sequence_length": 8, "blend": (["a", "b", "c"], weights), "split": "97,2,1"}
+    train, valid, test = build({"sizes": [50, 40, 20], "config": blend}, str(tmp_path))
+    assert len(train.datasets) == len(valid.datasets) == 3
+    assert [dataset.dataset_path for dataset in test.datasets] == ["a", "b"]
+    assert len(test) >= (20 if weights else 1)
+    if weights:
+        assert test.weights == normalize([1.0, 2.0])
+        assert np.bincount(test.dataset_index[:18]).tolist() == [6, 12]
+    assert capsys.readouterr().out.startswith("note: no test data from c: ")
+    few = {"sequence_length": 8, "blend": (["c", "c"], weights and weights[:2]), "split": "969,30,1"}
+    assert build({"sizes": [50, 4, 2], "config": few}, str(tmp_path))[2] is None
+    assert "note: no test data from c, c: " in capsys.readouterr().out
 
 
 class TestCache:

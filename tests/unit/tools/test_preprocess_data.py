@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_lite.datasets import preprocessing
 from megatron_lite.datasets.indexed_dataset import IndexedDataset
-from megatron_lite.datasets.preprocessing import PreprocessConfig, preprocess, read_batches
+from megatron_lite.datasets.preprocessing import PreprocessConfig, preprocess
+from megatron_lite.datasets.text_files import read_batches
 from megatron_lite.errors import ConfigError
 from megatron_lite.tokenizers import TokenizerConfig
+from tests.unit.tokenizers.test_tokenizers import tiktoken_file
 from tools.preprocess_data import main
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
@@ -44,8 +45,7 @@ def corpus(tmp_path):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Many batches, so that several processes have something to do."""
-    monkeypatch.setattr(preprocessing, "BATCH_BYTES", 500)
-    monkeypatch.setattr(read_batches, "__defaults__", (500,))
+    monkeypatch.setattr(read_batches, "__defaults__", (*read_batches.__defaults__[:-1], 500))
 
 
 def run(inputs, prefix, **changes):
@@ -112,12 +112,19 @@ def test_several_keys_and_files(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', "Expecting"),
-        (b'["a"]', "expected a JSON object, found a list"),
-        (b'{"txt": "a"}', "no member 'text', only 'txt'"),
-        (b'{"text": 3}', "not a text but a int"),
-        (b'{"text": ["a", 3]}', "not a text but a list"),
-        (b'{"text": "\xff"}', "utf-8"),
+        (b'{"text": "a"', "no JSON: Expecting .* in '.*each line must be one JSON object"),
+        (b'["a"]', r"expected a JSON object .*, found \[\"a\"\] \(list\)"),
+        (b'{"txt": "a", "n": 1}', "no member 'text', only 'txt', 'n'; name another with --json-keys"),
+        (b'{"text": 3}', r"must be a text or a list of texts, but is or holds 3 \(int\)"),
+        (b'{"text": null}', r"holds null \(NoneType\)"),
+        (b'{"text": {"a": "%s"}}' % (b"x" * 99), r"holds \{.{39}\.\.\. \(dict\)"),
+        (b'{"text": ["a", 3]}', r"holds 3 \(int\)"),
+        (b'{"text": "\xff"}', r"byte 10, b'\\xff', is no UTF-8 .*convert"),
+        (b'{"text": "a\xed\xa0\xbd"}', "is no UTF-8"),
+        (b'{"text": "ab\\ud83d"}', r"character 2 of the member 'text' is '\\ud83d', half a surrogate pair.*write both"),
+        (b'{"text": ["a", "\\ude00\\ud83d"]}', "character 0 .*half a surrogate pair"),
+        (b'{"text": "a\x00"}', "no JSON: Invalid control character"),
+        (b"\x00" * 9, "no JSON"),
         (b"[" * 100000, "recursion|Expecting|nest"),
     ],
 )
@@ -132,6 +139,39 @@ def test_bad_lines(tmp_path, line, message, workers):
     summary = run([str(path)], tmp_path / "out", workers=workers, skip_bad_lines=True)
     assert (summary.documents, summary.bad_lines) == (50, 1)
     assert "c.jsonl:31" in summary.bad_lines_shown[0]
+
+
+@pytest.mark.parametrize("text", ["3 10", "-1", "9" * 30])
+def test_ids_outside_the_vocabulary_are_told_by_line(tmp_path, text):
+    corpus = write_lines(tmp_path / "c.jsonl", [{"text": "9"}, {"text": text}])
+    tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=10)
+    with pytest.raises(
+        ConfigError, match=rf"c\.jsonl:2: .*the id {text[-30:].split()[-1]} .*ends at 9; .*--vocab-size"
+    ):
+        run([corpus], tmp_path / "out", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_tokenizer_cannot_take_is_told_by_line(tmp_path, workers):
+    """tiktoken's expressions run out of stack at a million spaces, and other libraries raise bare Exceptions."""
+    pytest.importorskip("tiktoken")
+    corpus = write_lines(tmp_path / "c.jsonl", [{"text": "good"}, {"text": "long" + " " * 1_000_000}])
+    tokenizer = TokenizerConfig(tokenizer_type="TikTokenizer", tokenizer_model=tiktoken_file(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"c\.jsonl:2: .*cannot take the text 'long .*1,000,004 char.*--skip-bad-lines"
+    ):
+        run([corpus], tmp_path / "out", tokenizer=tokenizer, workers=workers)
+    summary = run([corpus], tmp_path / "out", tokenizer=tokenizer, workers=workers, skip_bad_lines=True)
+    assert (summary.documents, summary.bad_lines) == (1, 1)
+
+
+def test_a_tokenizer_that_raises_anything(tmp_path, monkeypatch):
+    def fail(self, text):
+        raise TypeError("not this")
+
+    monkeypatch.setattr("megatron_lite.tokenizers.bytelevel_tokenizer.ByteLevelTokenizer.tokenize", fail)
+    with pytest.raises(ConfigError, match=r"c\.jsonl:1: .*cannot take the text 'a' .*TypeError: not this"):
+        run([write_lines(tmp_path / "c.jsonl", [{"text": "a"}])], tmp_path / "out")
 
 
 @pytest.mark.parametrize("extension", [".gz", ".zst"])
@@ -194,7 +234,7 @@ def test_command_line_mistakes(corpus, tmp_path, capsys):
     done = command("--input", tmp_path / "nowhere*", *base)
     assert (done.returncode, "matches no file" in done.stderr) == (2, True)
     done = command("--input", corpus, *base, "--json-keys", "body")
-    assert (done.returncode, "corpus.jsonl:1: the object has no member 'body'" in done.stderr) == (2, True)
+    assert (done.returncode, "corpus.jsonl:1: there is no member 'body', only 'text', 'n'" in done.stderr) == (2, True)
     assert "Traceback" not in done.stderr
     (tmp_path / "file").write_text("")
     done = command("--input", corpus, *base[2:], "--output-prefix", tmp_path / "file" / "out")

@@ -70,6 +70,10 @@ def test_splits_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         run("--data-path", path, "--split", "0,1,0", "--num-workers", "0")
     run("--data-path", path, "--split", "1", "--num-workers", "0", "--eval-iters", "1", "--eval-interval", "1")
     assert "there are no validation data" in capsys.readouterr().out
+    run("--data-path", f"{path}.bin", "--num-workers", "0", "--eval-iters", "1", "--eval-interval", "1")
+    said = capsys.readouterr().out
+    assert f"note: no test data from {path}: too few documents for a share (--split '969, 30, 1')" in said
+    assert said.count("note: no ") == 1 + ("no validation data" in said)
 
 
 def test_settings_that_changed_since_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
