@@ -11,7 +11,7 @@ import torch
 from megatron_lite.inference.perplexity import Window, windows
 from tests.e2e.commands import environment
 from tests.e2e.warm_launcher import launch
-from tools import convert_checkpoint, evaluate
+from tools import convert_checkpoint, evaluate, generate
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="computes the same losses")
 tiny_models = pytest.importorskip("tests.unit.checkpoint.huggingface.tiny_models", reason="needs transformers")
@@ -90,13 +90,19 @@ def test_it_is_what_transformers_computes(
 
 
 def test_a_checkpoint_of_ours_is_as_good_as_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Mutation: the tokenizer of an imported checkpoint another one."""
+    """To evaluate and to generate from. Mutation: the tokenizer of an imported checkpoint another one."""
     folder = folder_of(tmp_path, "llama2", "<s>")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     theirs = numbers(capsys, str(tmp_path / "text.txt"), "--load-hf", str(folder))
     words = ["--from", "hf", "--to", "megatron_lite", "--load", str(folder), "--save", str(tmp_path / "ours")]
     assert convert_checkpoint.main(words) == 0
     assert numbers(capsys, str(tmp_path / "text.txt"), "--load", str(tmp_path / "ours")) == theirs
+    written = []
+    for source in (["--load-hf", str(folder)], ["--load", str(tmp_path / "ours")]):
+        capsys.readouterr()
+        assert generate.main([*source, "--prompt", "def ", "--max-new-tokens", "8", "--temperature", "0"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
 
 
 @pytest.mark.full
