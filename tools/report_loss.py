@@ -66,14 +66,15 @@ def draw(runs: Sequence[Losses], entropy: float | None, output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     for number, run in enumerate(runs):
-        several = {"color": f"C{number}"} if len(runs) > 1 else {}
-        name = f"{run.label}, " if len(runs) > 1 else ""
-        losses = [entry["lm_loss"] for entry in run.training]
-        faint = {"alpha": 0.5} if several and run.validation else {}
-        axes.plot([e["iteration"] for e in run.training], losses, lw=1, label=f"{name}training", **several, **faint)
+        several = len(runs) > 1
+        name = f"{run.label}, " if several else ""
+        iterations, losses = [e["iteration"] for e in run.training], [e["lm_loss"] for e in run.training]
+        faint = 0.5 if several and run.validation else 1.0
+        axes.plot(iterations, losses, color=f"C{number}", alpha=faint, lw=1, label=f"{name}training")
         if run.validation:
             held_out = {e["iteration"]: e["validation_loss"] for e in run.validation}
-            axes.plot(list(held_out), list(held_out.values()), "o-", ms=4, label=f"{name}held out", **several)
+            color = f"C{number if several else number + 1}"
+            axes.plot(list(held_out), list(held_out.values()), "o-", color=color, ms=4, label=f"{name}held out")
     if entropy is not None:
         axes.axhline(entropy, ls="--", lw=1, color="gray", label=f"unigram entropy {entropy:.2f}")
     axes.set_xlabel("iteration")
