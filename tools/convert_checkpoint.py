@@ -24,7 +24,7 @@ from megatron_lite.checkpoint.huggingface import Architecture, architecture_of
 from megatron_lite.checkpoint.huggingface.exporting import LARGEST_FILE, export_checkpoint
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.importing import import_checkpoint, settings_to_import
-from megatron_lite.checkpoint.huggingface.tokenizer_files import copy_tokenizer, special_tokens
+from megatron_lite.checkpoint.huggingface.tokenizer_files import copy_tokenizer, special_tokens, tokenizer_in
 from megatron_lite.checkpoint.megatron import (
     MegatronCheckpoint,
     architecture_of_run,
@@ -93,7 +93,9 @@ def from_huggingface(folder: str, root: str) -> None:
     tokenizer = Path(root) / "tokenizer"
     if copy_tokenizer(folder, tokenizer):
         shutil.copyfile(Path(folder) / "config.json", tokenizer / "config.json")  # can decide the tokenizer's class
-        named = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tokenizer.resolve()))
+    found = tokenizer_in(tokenizer.resolve())
+    if found is not None:
+        named = TokenizerConfig(tokenizer_type=found[0], tokenizer_model=found[1])
     else:
         named = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=model.vocab_size)
     with tqdm(unit=" tensors", desc="importing") as bar:

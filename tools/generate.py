@@ -1,6 +1,7 @@
 """Let a trained model continue a text, on the screen as it is written.
 
 python tools/generate.py --load checkpoints --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-k 50
+python tools/generate.py --load-hf FOLDER --prompt "The capital of France is"
 
 The settings of the model and its tokenizer are stored in the checkpoint, whatever layout it was saved at. Without
 --prompt or --prompt-file the prompt is read from the standard input. A model too large for one device runs split over
@@ -18,21 +19,19 @@ from typing import get_type_hints
 
 import torch
 
-from megatron_lite import parallel_state
 from megatron_lite.checkpoint import CheckpointError
 from megatron_lite.config_field import FLAG
 from megatron_lite.errors import ConfigError
+from megatron_lite.inference.command_line import add_model_flags, is_first_rank, loaded_model
 from megatron_lite.inference.generate import TextStream, generate_tokens
-from megatron_lite.inference.load_model import LoadedModel, load_model
+from megatron_lite.inference.load_model import LoadedModel
 from megatron_lite.inference.sampling import SamplingConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the sampling part is read off SamplingConfig."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, metavar="FOLDER", help="Folder of checkpoints.")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="Iteration to load instead of the latest one.")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="Where the tokenizer is now, if it has moved.")
+    add_model_flags(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="Text to continue.")
     source.add_argument("--prompt-file", metavar="FILE", help="File with the text to continue.")
@@ -48,30 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; user mistakes end in a message and exit status 2."""
     arguments = build_parser().parse_args(argv)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = parallel_state.local_cuda_device()
-        torch.cuda.set_device(device)
     try:
-        if ranks > 1:
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
         sampling = sampling_of(arguments)
         prompt = read_prompt(arguments)
-        loaded = load_model(
-            arguments.load,
-            arguments.ckpt_step,
-            tensor_model_parallel_size=ranks,
-            device=device,
-            tokenizer_model=arguments.tokenizer_model,
-        )
-        write_samples(loaded, prompt, sampling, arguments, device)
+        with loaded_model(arguments) as (loaded, device):
+            write_samples(loaded, prompt, sampling, arguments, device)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if ranks > 1:
-            parallel_state.shutdown()
     return 0
 
 
@@ -105,7 +88,7 @@ def write_samples(
     loaded: LoadedModel, prompt: str, sampling: SamplingConfig, arguments: argparse.Namespace, device: torch.device
 ) -> None:
     """Write each continuation as it grows, and a line on the speed to the standard error."""
-    writing = int(os.environ.get("RANK", "0")) == 0
+    writing = is_first_rank()
 
     def show(text: str) -> None:
         if writing:

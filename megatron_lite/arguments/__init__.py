@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from megatron_lite.arguments.command_line import COMMAND_LINE, Settings, build_parser, read_settings
 from megatron_lite.arguments.compilation import settle_compilation
+from megatron_lite.arguments.huggingface_settings import huggingface_notices
 from megatron_lite.arguments.notices import fp8_notices, pipeline_notices, recomputation_notices
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
@@ -38,6 +39,7 @@ def parse_args(argv: Sequence[str] | None = None, defaults: dict[str, Any] | Non
     problems = settings.problems + all_violations(run)
     if problems:
         raise ConfigError.from_violations(problems)
+    run.notices += tuple(huggingface_notices(run))
     if settings.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(config_as_yaml(run, settings), end="")

@@ -3,12 +3,13 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megatron_lite.arguments.checkpoint_settings import add_checkpoint_settings
 from megatron_lite.arguments.convert import NO, YES, convert, takes_many
+from megatron_lite.arguments.huggingface_settings import add_huggingface_settings
 from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags, compat_keys, judge
 from megatron_lite.arguments.options import Option, all_options, keys
 from megatron_lite.arguments.run_config import GROUPS
@@ -133,10 +134,12 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 
 def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = None) -> Settings:
-    """Command line over `--config` file over `defaults` (field -> value) over the checkpoint, if that is asked.
+    """Command line over `--config` file over `defaults` (field -> value) over what the weights are described by.
+
+    That is the checkpoint with --use-checkpoint-args, and the folder of --load-hf.
 
     Raises:
-        ConfigError: the file cannot be read, or a flag lacks its value. All other problems are collected.
+        ConfigError: a file cannot be read, or a flag lacks its value. All other problems are collected.
         CheckpointError: the checkpoint whose settings are asked for cannot be read.
     """
     namespace, unknown = build_parser().parse_known_args(argv)
@@ -155,13 +158,27 @@ def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = 
     if settings.config is not None:
         _read_file(settings, settings.config, compat)
     _read_flags(settings, given, compat)
+    given_fields = set(settings.values)
     if settings.values.get("use_checkpoint_args", (False, ""))[0]:
         add_checkpoint_settings(settings.values)
+    if settings.values.get("load_hf", (None, ""))[0] is not None:
+        add_huggingface_settings(settings.values)
+    settings.notices += _taken(settings.values, given_fields)
     _report_unknown(settings, unknown)
     notices, violations = judge(compat, {name: value for name, (value, _) in settings.values.items()})
     settings.notices += notices
     settings.problems += violations
     return settings
+
+
+def _taken(values: dict[str, tuple[Any, str]], given: set[str]) -> Iterator[str]:
+    """A sentence for each place that settings come from which nobody gave."""
+    found: dict[str, list[str]] = {}
+    for name, (value, origin) in values.items():
+        if name not in given:
+            found.setdefault(origin, []).append(f"{name} {value}")
+    for origin, settings in found.items():
+        yield f"From {origin}: {', '.join(settings)}."
 
 
 def _read_flags(settings: Settings, given: dict[str, Any], compat: dict[str, Any]) -> None:

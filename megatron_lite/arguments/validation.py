@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_lite.arguments.compilation import compilation_problems
+from megatron_lite.arguments.huggingface_settings import huggingface_violations
 from megatron_lite.arguments.moe_rules import experts_between_groups
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.errors import ConfigError
@@ -20,7 +21,16 @@ def all_violations(run: RunConfig) -> list[str]:
     rules = (
         (_required,)
         if _sizes_are_broken(run)
-        else (_required, _layout, _sequence, _batch, _duration, _features, experts_between_groups, _huggingface)
+        else (
+            _required,
+            _layout,
+            _sequence,
+            _batch,
+            _duration,
+            _features,
+            experts_between_groups,
+            huggingface_violations,
+        )
     )
     for rule in rules:
         found += rule(run)
@@ -272,26 +282,6 @@ def _package(run: RunConfig, setting: str, name: str, extensions: tuple[str, ...
         )
     elif not torch.cuda.is_available() or run.distributed.distributed_backend == "gloo":
         yield f"{setting} is {name}, but that package needs a GPU: {remedy}."
-
-
-def _huggingface(run: RunConfig) -> Iterator[str]:
-    """What the flags say of the model has to be what the Hugging Face folder says."""
-    folder = run.checkpoint.load_hf
-    if folder is None:
-        return
-    if run.transformer.moe_use_upcycling:
-        yield (
-            f"load_hf is {folder!r} with moe_use_upcycling, which reads a checkpoint of this program: convert it with "
-            "tools/convert_checkpoint.py and write --pretrained-checkpoint."
-        )
-        return
-    # Imported here, so that --help and most runs do without it.
-    from megatron_lite.checkpoint.huggingface import Architecture, disagreements
-
-    try:
-        yield from disagreements(folder, Architecture(run.transformer, run.gpt, run.gpt.vocab_size))
-    except ConfigError as error:
-        yield str(error)
 
 
 def _positions(run: RunConfig) -> Iterator[str]:

@@ -38,7 +38,8 @@ class CheckpointConfig(Validated):
     )
     load_hf: str | None = knob(
         None,
-        "Folder of a Hugging Face model whose weights start the run when --load holds no checkpoint yet.",
+        "Folder of a Hugging Face model whose weights start the run when --load holds no checkpoint yet; settings of "
+        "model and tokenizer that are not given are the folder's.",
         metavar="FOLDER",
     )
     use_checkpoint_args: bool = knob(

@@ -76,3 +76,29 @@ MEANING = {
         "mscale_all_dim",
     ),
 }
+# Of these, what a run may choose in order to train weights on otherwise: longer sequences, another router.
+CHOICES = frozenset(
+    {
+        "layernorm_epsilon",
+        "window_size",
+        "window_attn_skip_freq",
+        "no_rope_freq",
+        "moe_router_topk",
+        "moe_router_topk_scaling_factor",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+        "moe_router_load_balancing_type",
+        "rotary_base",
+        "rotary_percent",
+        "rotary_seq_len_interpolation_factor",
+        "use_rope_scaling",
+        "rope_scaling_factor",
+        "rotary_scaling_factor",
+        "yarn_original_max_position_embeddings",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_correction_range_round_to_int",
+        "mscale",
+        "mscale_all_dim",
+    }
+)

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a checkpoint alone: the settings they were trained with are stored in it."""
+"""A model and its tokenizer from a checkpoint alone, or a Hugging Face folder: their settings are stored in it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,7 +9,12 @@ import torch
 
 from megatron_lite.arguments.convert import convert
 from megatron_lite.checkpoint import CheckpointError, find_checkpoint, load_weights, read_common, read_tracker
+from megatron_lite.checkpoint.conversion.architecture import architecture_of
+from megatron_lite.checkpoint.huggingface import load_huggingface
+from megatron_lite.checkpoint.huggingface.importing import settings_to_import
+from megatron_lite.checkpoint.huggingface.tokenizer_files import tokenizer_in
 from megatron_lite.checkpoint.safe_reader import read_metadata, tensor_shapes
+from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
 from megatron_lite.tokenizers import build_tokenizer
@@ -95,14 +100,53 @@ def load_model(
     tokenizer = build_tokenizer(rebuild_config(TokenizerConfig, settings, "tokenizer", folder, own))
     if gpt.max_position_embeddings is None:
         raise CheckpointError(f"{folder} does not say how long a sequence may be (gpt.max_position_embeddings).")
-    with torch.device("meta"):
-        model = build_gpt_model(
-            transformer, gpt, tokenizer.vocab_size, gpt.max_position_embeddings, parallel_output=False
-        )
-    model.to_empty(device=device)
+    model = _empty_model(transformer, gpt, tokenizer.vocab_size, device)
     load_weights(folder, model)
     # Training keeps master weights in float32 and casts them for each step; here they are cast once.
     return LoadedModel(model.to(transformer.params_dtype).eval(), tokenizer, iteration)
+
+
+def load_huggingface_model(
+    folder: str | Path,
+    *,
+    tensor_model_parallel_size: int = 1,
+    device: torch.device | str = "cpu",
+    tokenizer_model: str | None = None,
+) -> LoadedModel:
+    """The same from a Hugging Face folder, in the precision of its tensors.
+
+    Raises:
+        ConfigError: it holds no model or tokenizer that can be read.
+        CheckpointError: its files are damaged.
+    """
+    settings = settings_to_import(folder)
+    settings["transformer"] |= {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "mtp_num_layers": None,  # for training only
+    }
+    described = architecture_of(settings)
+    found = tokenizer_in(tokenizer_model or folder)
+    if found is None and tokenizer_model is not None:
+        found = "HuggingFaceTokenizer", tokenizer_model
+    if found is None:
+        raise ConfigError(
+            f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json): write "
+            "--tokenizer-model with the folder of one."
+        )
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type=found[0], tokenizer_model=found[1]))
+    model = _empty_model(described.transformer, described.gpt, tokenizer.vocab_size, device)
+    load_huggingface(folder, model)
+    return LoadedModel(model.to(described.transformer.params_dtype).eval(), tokenizer, 0)
+
+
+def _empty_model(
+    transformer: TransformerConfig, gpt: GPTModelConfig, vocab_size: int, device: torch.device | str
+) -> GPTModel:
+    """The model to fill, whose logits are whole on every rank."""
+    assert gpt.max_position_embeddings is not None, "the longest sequence is known"
+    with torch.device("meta"):
+        model = build_gpt_model(transformer, gpt, vocab_size, gpt.max_position_embeddings, parallel_output=False)
+    return model.to_empty(device=device)
 
 
 def rebuild_config(kind: type[C], settings: dict[str, Any], group: str, folder: Path, changes: dict[str, Any]) -> C:

@@ -115,9 +115,12 @@ def model_of(config: RunConfig, tokenizer: MegatronTokenizer, device: torch.devi
         ConfigError: the tokenizer makes ids that the model has no embedding for, or the device lacks what is asked for.
     """
     if config.gpt.vocab_size is not None and config.gpt.vocab_size < tokenizer.vocab_size:
+        remedy = f"write --vocab-size {tokenizer.vocab_size}, or leave it out"
+        if config.checkpoint.load_hf is not None:
+            remedy = f"the weights in {config.checkpoint.load_hf} have no more; name the tokenizer that belongs to them"
         raise ConfigError(
             f"vocab_size is {config.gpt.vocab_size}, but must hold the {tokenizer.vocab_size} ids of the tokenizer: "
-            f"write --vocab-size {tokenizer.vocab_size}, or leave it out."
+            f"{remedy}."
         )
     if config.transformer.attention_backend == "fused" and device.type == "cpu":
         raise ConfigError(

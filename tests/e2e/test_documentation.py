@@ -49,20 +49,14 @@ PAGES = sorted(
 )
 MODES = ("run", "small", "dry-run", "syntax")
 # Added behind each command of a `small` block; the last of two equal flags wins.
+SMALL_MODEL = [
+    *("--num-layers", "1", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4"),
+    *("--max-position-embeddings", "32", "--vocab-size", "512"),
+]
 SMALL = {
     "pretrain_gpt.py": [
-        *("--num-layers", "1", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4"),
-        *(
-            "--seq-length",
-            "32",
-            "--max-position-embeddings",
-            "32",
-            "--micro-batch-size",
-            "2",
-            "--global-batch-size",
-            "4",
-        ),
-        *("--eval-iters", "1", "--num-workers", "0", "--vocab-size", "512"),
+        *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
+        *("--eval-iters", "1", "--num-workers", "0"),
     ],
     "tools/make_python_corpus.py": ["--root", str(Path(sysconfig.get_paths()["stdlib"]) / "email")],
     "tools/train_sentencepiece.py": ["--vocab-size", "400"],
@@ -151,9 +145,20 @@ def ranks_of(words: list[str]) -> int:
     return ranks
 
 
+@pytest.fixture(scope="module")
+def huggingface_folder(scratch: Path) -> None:
+    """The folder `model` of docs/fine_tuning.md: a tiny Llama with its tokenizer."""
+    from tests.unit.checkpoint.huggingface import tiny_models
+
+    tiny_models.save("llama2", scratch / "model", vocab_size=300, max_position_embeddings=512)
+    tiny_models.save_tokenizer(scratch / "model", begins_with="<s>")
+
+
 @in_mode("run", "small")
-def test_commands_run(block: Block, scratch: Path, tmp_path: Path) -> None:
+def test_commands_run(block: Block, scratch: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Those of README.md as a user types them, the others in processes that start faster."""
+    if block.page.name == "fine_tuning.md":
+        request.getfixturevalue("huggingface_folder")
     commands = [_shortened(words) if block.mode == "small" else words for words in block.commands()]
     if block.page.name == "README.md" and block.page.parent == REPOSITORY:
         run(["bash", "-euo", "pipefail", "-c", "\n".join(map(shlex.join, commands))], folder=scratch, timeout=600)
@@ -178,7 +183,9 @@ def _shortened(words: list[str]) -> list[str]:
     if program != "pretrain_gpt.py":
         return words + SMALL.get(program, [])
     iterations = "4" if "--train-iters" in given else "2"
-    return [*words, *SMALL[program], "--train-iters", iterations]
+    # What a folder of weights describes is small already.
+    model = SMALL_MODEL if "--config" in given or "--load-hf" not in given else []
+    return [*words, *model, *SMALL[program], "--train-iters", iterations]
 
 
 @in_mode("dry-run")

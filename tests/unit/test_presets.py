@@ -1,5 +1,6 @@
 """configs/: each preset is valid, short, and builds a model with the published number of parameters."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron_lite.arguments import RunConfig, parse_args
+from megatron_lite.checkpoint.huggingface import Architecture, config_of
 from megatron_lite.dry_run import describe
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
@@ -46,6 +48,9 @@ PUBLISHED = {
 }
 WORLDS = {
     "quickstart": 2,
+    "llama_15m": 2,
+    "llama_30m": 2,
+    "llama_60m": 2,
     "quickstart_moe": 2,
     "quickstart_deepseek": 2,
     "mixtral_8x7b": 64,
@@ -170,6 +175,35 @@ def test_transformers_counts_as_many_parameters(name: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes))
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+
+
+SMALL_LLAMAS = {"llama_15m": 15_145_344, "llama_30m": 29_368_832, "llama_60m": 61_292_160}
+
+
+@pytest.mark.parametrize("name", SMALL_LLAMAS)
+def test_a_small_llama_is_as_large_as_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers counts for its shape; and trained on the tokens that its head tells, by the rule it tells.
+
+    Mutation: another width, number of layers, groups or steps than the first lines are of.
+    """
+    transformers = pytest.importorskip("transformers", minversion="5.0", reason="counts the parameters of a Llama")
+    run = load(name, monkeypatch)
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**config_of(Architecture(run.transformer, run.gpt, run.gpt.vocab_size))[1])
+        )
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert count == sum(parameter.numel() for parameter in build_whole_model(run).parameters()) == SMALL_LLAMAS[name]
+    assert run.training.train_iters is not None
+    batch = run.global_batch_size * run.sequence_length
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    steps, tokens, further = re.search(  # type: ignore[union-attr]
+        r"(\d+) steps of .*, (\d+\.\d) million\.\n.*--train-iters (\d+)", text
+    ).groups()
+    assert f"{count:,} parameters" in text.splitlines()[0]
+    assert int(steps) == run.training.train_iters == round(count / 4 / batch)
+    assert float(tokens) == round(run.training.train_iters * batch / 1e6, 1)
+    assert int(further) == round(20 * count / batch)
 
 
 def test_deepseek_v3_is_routed_and_normalized_as_published(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from megatron_lite.checkpoint.conversion.architecture import Architecture, archi
 from megatron_lite.checkpoint.huggingface.loading import load_huggingface
 from megatron_lite.checkpoint.huggingface.settings import (
     config_of,
+    departures,
     disagreements,
     flags_of,
     read_architecture,
@@ -14,6 +15,7 @@ __all__ = [
     "Architecture",
     "architecture_of",
     "config_of",
+    "departures",
     "disagreements",
     "flags_of",
     "load_huggingface",

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.conversion.architecture import OF_GPT, Architecture, Settings, architecture_of, grouped
-from megatron_lite.checkpoint.huggingface.config_json import ConfigJson, read_config_json
+from megatron_lite.checkpoint.huggingface.config_json import CONFIG, ConfigJson, read_config_json
 from megatron_lite.checkpoint.huggingface.facts import differences, remedy
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.checkpoint.huggingface.family import Family
+from megatron_lite.checkpoint.model_settings import CHOICES
 from megatron_lite.errors import ConfigError
 
 # More differences than any model has that can be read at all.
@@ -55,15 +56,35 @@ def read_architecture(folder: str | Path) -> tuple[Family, Architecture]:
 
 
 def disagreements(folder: str | Path, mine: Architecture) -> Iterator[str]:
-    """One sentence for each setting in which a model differs from that of a folder's config.json.
+    """One sentence for each setting of a model that weights of a folder's config.json cannot fit.
 
     Raises:
         ConfigError: the config.json cannot be read or expressed.
     """
-    _, theirs = read_architecture(folder)
-    for name, actual, wanted in differences(mine, theirs):
-        where = Path(folder) / "config.json"
-        yield f"{name} is {actual}, but {where} says {wanted}: {remedy(name, wanted)}."
+    for name, actual, wanted in _differences(folder, mine):
+        if not _is_choice(name, actual, wanted):
+            how = remedy(name, wanted)
+            how = how if how.startswith("leave out") else f"leave it out, or {how}"
+            yield f"{name} is {actual}, but {Path(folder) / CONFIG} says {wanted}: {how}."
+
+
+def departures(folder: str | Path, mine: Architecture) -> Iterator[str]:
+    """One sentence for each setting that differs from a folder's config.json and that its weights fit all the same.
+
+    Raises:
+        ConfigError: the config.json cannot be read or expressed.
+    """
+    for name, actual, wanted in _differences(folder, mine):
+        if _is_choice(name, actual, wanted):
+            yield f"{name} is {actual}, but the weights were trained with {wanted}, says {Path(folder) / CONFIG}."
+
+
+def _differences(folder: str | Path, mine: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    return differences(mine, read_architecture(folder)[1])
+
+
+def _is_choice(name: str, actual: Any, wanted: Any) -> bool:
+    return name in CHOICES or (name == "position_embedding_type" and {actual, wanted} == {"rope", "yarn"})
 
 
 def config_of(model: Architecture, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:

@@ -32,6 +32,18 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> bool:
     return any(name in found for name in _VOCABULARIES)
 
 
+def tokenizer_in(folder: str | Path) -> tuple[str, str] | None:
+    """The --tokenizer-type and --tokenizer-model of a folder; None where it holds no tokenizer.
+
+    A SentencePiece model that nothing is said of, as in an export of ours, is taken as it is.
+    """
+    folder = Path(folder)
+    found = [name for name in _VOCABULARIES if (folder / name).is_file()]
+    if found == ["tokenizer.model"] and not (folder / "tokenizer_config.json").is_file():
+        return "SentencePieceTokenizer", str(folder / "tokenizer.model")
+    return ("HuggingFaceTokenizer", str(folder)) if found else None
+
+
 def special_tokens(folder: str | Path) -> dict[str, Any]:
     """The ids of special tokens that a folder's generation_config.json names, null for others.
 

@@ -1,5 +1,6 @@
 """A tiny random model of each family of `transformers`, written by it as a user's would be."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,31 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes:
     model = build(name, **changes).to(dtype)
     model.save_pretrained(folder)  # type: ignore[operator]
     return model
+
+
+def save_tokenizer(folder: Path, begins_with: str | None = None) -> None:
+    """Byte pair encoding with 300 tokens, as a user's folder has it; the end of a document is <|endoftext|>.
+
+    Args:
+        folder: to write to.
+        begins_with: a token put before each text, as Llama's tokenizers do.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", *([begins_with] if begins_with else [])]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    if begins_with:
+        first = (begins_with, tokenizer.token_to_id(begins_with))
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(f"{begins_with} $A", None, [first])
+        names["bos_token"] = begins_with
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
 def tokens() -> Tensor:

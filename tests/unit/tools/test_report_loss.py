@@ -1,0 +1,59 @@
+"""tools/report_loss.py: one run, and several in one picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import report_loss
+
+
+def metrics(path: Path, losses: list[float], held_out: float | None = None) -> str:
+    """A file as --metrics-jsonl writes it."""
+    entries = [{"iteration": number, "lm_loss": loss} for number, loss in enumerate(losses, start=1)]
+    if held_out is not None:
+        entries.append({"iteration": len(losses), "validation_loss": held_out})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+def test_several_runs_are_named_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A curve each for training and held-out loss. Mutations: the last run alone; one label for all."""
+    from matplotlib.figure import Figure
+
+    drawn: list[list[str]] = []
+    save = Figure.savefig
+
+    def spy(figure: Figure, *words: object) -> None:
+        drawn.append([str(text.get_text()) for text in figure.axes[0].get_legend().get_texts()])
+        save(figure, *words)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    one, two = metrics(tmp_path / "a" / "m.jsonl", [3.0, 2.0], 2.25), metrics(tmp_path / "b" / "m.jsonl", [3.5, 1.0])
+    output = tmp_path / "pictures" / "both.png"
+    report_loss.main(["--metrics", one, two, "--labels", "first", "second", "--output", str(output)])
+    assert drawn == [["first, training", "first, held out", "second, training"]]
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines() == [
+        "first:",
+        "training loss: 3.000 at iteration 1, 2.000 at the end",
+        "held-out loss: 2.250 (perplexity 9.5)",
+        "second:",
+        "training loss: 3.500 at iteration 1, 1.000 at the end",
+        f"picture: {output}",
+    ]
+    report_loss.main(["--metrics", one, "--output", str(output)])
+    assert drawn[1:] == [["training", "held out"]]
+    assert capsys.readouterr().out.startswith("training loss: 3.000 at iteration 1")
+
+
+def test_mistakes_end_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: labels given to the first runs only."""
+    one = metrics(tmp_path / "m.jsonl", [3.0])
+    with pytest.raises(SystemExit):
+        report_loss.main(["--metrics", one, one, "--labels", "first"])
+    assert "--labels names 1, but there are 2 --metrics" in capsys.readouterr().err
+    for path, complaint in ((metrics(tmp_path / "e.jsonl", []), "no training iterations"), ("none", "cannot be read")):
+        with pytest.raises(SystemExit, match=complaint):
+            report_loss.main(["--metrics", path])
