@@ -136,7 +136,7 @@ def test_every_block_is_marked() -> None:
 def program_of(words: list[str]) -> tuple[str, list[str]] | None:
     """The program of this repository that a command runs, and the words after it."""
     for position, word in enumerate(words):
-        if word.startswith(("tools/", "scripts/")) or word == "pretrain_gpt.py":
+        if word.startswith(("tools/", "scripts/", "tests/slurm/")) or word == "pretrain_gpt.py":
             return word, words[position + 1 :]
     return None
 
@@ -253,7 +253,7 @@ def test_flags_in_the_text_exist() -> None:
     for tool in [*(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "scripts" / "examples").glob("*.py")]:
         known |= _flags_of_tool(tool)
     known |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
-    known |= {"--time", "--nodes", "--signal"}
+    known |= {"--time", "--nodes", "--signal", "--requeue", "--batch"}  # of SLURM
     known |= {"--full-matrix", "--layout-table"}  # of our tests, in tests/conftest.py
     wrong = {}
     for page in PAGES:

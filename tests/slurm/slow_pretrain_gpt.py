@@ -1,4 +1,7 @@
-"""pretrain_gpt.py with a pause of $PAUSE seconds before each iteration, so that faults meet a run at work."""
+"""pretrain_gpt.py with a pause before each iteration, so that faults meet a run at work.
+
+The file $PAUSE_FILE says how many seconds, and may change meanwhile.
+"""
 
 import os
 import runpy
@@ -8,16 +11,15 @@ from pathlib import Path
 
 from megatron_lite.training import train
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 one_iteration = train.one_iteration
 
 
 def slow_iteration(run: train.Run) -> None:
     """Pause, then train."""
-    time.sleep(float(os.environ.get("PAUSE", "0")))
+    time.sleep(float(Path(os.environ["PAUSE_FILE"]).read_text()))
     one_iteration(run)
 
 
 train.one_iteration = slow_iteration
 sys.argv[0] = "pretrain_gpt.py"
-runpy.run_path(str(REPOSITORY / "pretrain_gpt.py"), run_name="__main__")
+runpy.run_path(str(Path(__file__).resolve().parents[2] / "pretrain_gpt.py"), run_name="__main__")
