@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from megatron_lite import rendezvous
 from megatron_lite.parallel_groups import EmbeddingRanks, ParallelGroups, make_parallel_groups
 from megatron_lite.process_groups import GLOO_ON_GPU, group_rank, group_size
 from megatron_lite.process_groups import ProcessGroupCollection as ProcessGroupCollection
@@ -57,10 +58,8 @@ def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | Non
         torch.cuda.set_device(local_cuda_device())
     backend = GLOO_ON_GPU if backend == "cuda:gloo" else backend or ("nccl" if use_cuda else "gloo")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        # The agent's store outlives a failed attempt; where its ranks listened must not be taken for this one's.
-        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+        store, rank, world_size = rendezvous.join(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     _owns_torch_distributed = True

@@ -1,8 +1,11 @@
 """Batches for one data parallel rank, prefetched by worker processes."""
 
+import atexit
 import functools
+import multiprocessing
 import signal
-from collections.abc import Sequence, Sized
+from collections.abc import Collection, Sequence, Sized
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import torch
@@ -53,7 +56,7 @@ def build_pretraining_data_loader(
         sampler = MegatronPretrainingRandomSampler(dataset, *position)
     else:
         raise ConfigError(f"dataloader_type is {dataloader_type!r}, but must be one of: {', '.join(DATALOADER_TYPES)}.")
-    return torch.utils.data.DataLoader(
+    return _PretrainingDataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
@@ -64,6 +67,28 @@ def build_pretraining_data_loader(
         generator=torch.Generator(),
         worker_init_fn=functools.partial(_leave_signals_to_trainer, exit_signals) if num_workers > 0 else None,
     )
+
+
+class _PretrainingDataLoader(torch.utils.data.DataLoader[Any]):
+    """A DataLoader whose worker processes never keep the training process from ending."""
+
+    def __iter__(self) -> Any:
+        before = set(multiprocessing.active_children())
+        iterator = super().__iter__()
+        atexit.register(_kill, set(multiprocessing.active_children()) - before)
+        return iterator
+
+
+def _kill(workers: Collection[BaseProcess]) -> None:
+    """End what is left of the workers when the interpreter exits.
+
+    Without errors the loader has ended them by then. After one, multiprocessing would send each a SIGTERM, which they
+    may leave to the training process, and wait for it without limit.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a worker that is killed
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _leave_signals_to_trainer(exit_signals: Sequence[signal.Signals], worker_id: int) -> None:

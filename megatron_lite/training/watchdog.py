@@ -4,14 +4,18 @@ A rank that waits for another one, or for a disk, stands at one line of Python. 
 every second, which costs the training nothing. When that has not changed for long, all ranks write down where they are,
 one of them prints it, and all end. Nothing is told of in advance: the iteration, the phase and the group that a
 collective is waiting for are read off the stack.
+
+The same thread ends a rank whose torchrun has died. Nobody would hear of its end, or end it.
 """
 
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import CodeType, FrameType
@@ -19,7 +23,7 @@ from types import CodeType, FrameType
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store, TCPStore
 
-from megatron_lite import parallel_state
+from megatron_lite import parallel_state, rendezvous
 from megatron_lite.arguments import RunConfig
 from megatron_lite.training.hooks import Hook
 
@@ -43,10 +47,10 @@ _GROUPS = ("tp", "cp", "pp", "ep", "expt_tp", "tp_ep", "tp_cp", "dp", "dp_cp", "
 
 
 def watch(config: RunConfig) -> "Watchdog | None":
-    """A watchdog for a run of several ranks; None for a single process, which waits for nobody."""
-    if config.world_size == 1:
-        return None
-    return Watchdog(SHARE_OF_TIMEOUT * 60.0 * config.distributed.distributed_timeout_minutes)
+    """A watchdog for a run of several ranks or of torchrun's; None for a process alone, which waits for nobody."""
+    if config.world_size > 1:
+        return Watchdog(SHARE_OF_TIMEOUT * 60.0 * config.distributed.distributed_timeout_minutes)
+    return Watchdog(math.inf) if _started_by_torchrun() else None
 
 
 class Watchdog(Hook):
@@ -66,6 +70,7 @@ class Watchdog(Hook):
         self.iteration = 0
         self._store = own_store() if store is None else store
         self._watched = threading.get_ident()
+        self._parent = os.getppid() if _started_by_torchrun() else None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -84,6 +89,8 @@ class Watchdog(Hook):
         since = time.monotonic()
         looks = 0
         while not self._closed.wait(self.interval_s):
+            if self._parent not in (None, os.getppid()):
+                self._end_orphan()
             now = self._place()
             if now != place:
                 place, since = now, time.monotonic()
@@ -102,6 +109,14 @@ class Watchdog(Hook):
             return self._store is not None and self._store.check(["alarm"])
         except RuntimeError:  # the rank that keeps the store has gone; others will notice that
             return False
+
+    def _end_orphan(self) -> None:
+        """End without a word from torchrun: it may have been started again, and its new ranks write the same files."""
+        with suppress(OSError):  # who read this rank's output may have gone too
+            rank = os.environ.get("RANK", "0")
+            text = f"rank {rank}: torchrun, which started this rank, is gone; the rank ends with status {STATUS}\n"
+            os.write(sys.stderr.fileno(), text.encode())
+        os._exit(STATUS)
 
     def _end(self, stuck: bool) -> None:
         """Write down where this rank is, print what all of them wrote if this rank is the first to, and end."""
@@ -175,8 +190,11 @@ def own_store() -> Store | None:
     store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30)
     )
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"watchdog {restart}", store)
+    return dist.PrefixStore(f"watchdog {rendezvous.current_attempt()}", store)
+
+
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _frames(innermost: FrameType | None) -> Iterator[FrameType]:
