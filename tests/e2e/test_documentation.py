@@ -16,7 +16,6 @@ import io
 import re
 import runpy
 import shlex
-import string
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from megatron_lite.model_parallel_config import CP_COMM_TYPES
 from megatron_lite.rank_generator import ParallelLayout
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
+from tests.e2e.batch_script import submit
 from tests.e2e.commands import REPOSITORY, environment, run
 from tests.e2e.warm_launcher import launch
 from tests.parallel.pool import WorkerPool
@@ -130,7 +130,7 @@ def test_every_block_is_marked() -> None:
 def program_of(words: list[str]) -> tuple[str, list[str]] | None:
     """The program of this repository that a command runs, and the words after it."""
     for position, word in enumerate(words):
-        if word.startswith(("tools/", "scripts/")) or word == "pretrain_gpt.py":
+        if word.startswith(("tools/", "scripts/", "tests/slurm/")) or word == "pretrain_gpt.py":
             return word, words[position + 1 :]
     return None
 
@@ -211,7 +211,7 @@ def test_commands_are_sound(block: Block, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @in_mode("syntax")
-def test_commands_parse(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(REPOSITORY)
     subprocess.run(["bash", "-n", "-c", block.text], check=True)
     for words in block.commands():
@@ -222,7 +222,7 @@ def test_commands_parse(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         program, given = found
         assert (REPOSITORY / program).is_file(), program
         if program.endswith(".sbatch"):
-            _check_batch_script(REPOSITORY / program, given)
+            _check_batch_script(tmp_path, given)
         elif program == "pretrain_gpt.py":
             assert read_settings(given).problems == []
         elif program.endswith(".py"):
@@ -230,20 +230,11 @@ def test_commands_parse(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             assert unknown == [], f"{program}: {unknown}"
 
 
-def _check_batch_script(script: Path, given: list[str]) -> None:
-    """The pretraining command inside a batch script, with the arguments it would pass on, breaks no rule."""
-    config = "configs/llama3_8b.yaml"
-    if given and given[0].endswith(".yaml"):
-        config, given = given[0], given[1:]
-    text = script.read_text().replace("\\\n", " ")
-    command = next(line for line in text.splitlines() if " pretrain_gpt.py " in line)
-    known = {"CONFIG": config, "RUN": "runs/x", "DATA_PATH": "data/x", "TOKENIZER_MODEL": "data/t", "HEAD_NODE": "n"}
-    known |= {"SLURM_NNODES": "4", "SLURM_JOB_ID": "1"}
-    with_defaults = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command.replace('"$@"', shlex.join(given)))
-    filled = string.Template(with_defaults).substitute(known)
-    found = program_of(shlex.split(filled))
-    assert found is not None
-    parse_args([*found[1], "--dry-run", "--world-size", str(4 * 8)])
+def _check_batch_script(folder: Path, given: list[str]) -> None:
+    """The pretraining command that the batch script starts, with the arguments it passes on, breaks no rule."""
+    job = submit(folder, *given, SLURM_GPUS_PER_NODE="8")
+    assert job.status == 0, job.output
+    parse_args([*job.pretraining, "--dry-run", "--world-size", str(4 * 8)])
 
 
 def _flags(words: list[str]) -> list[str]:
@@ -269,7 +260,7 @@ def test_flags_in_the_text_exist() -> None:
     for tool in [*(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "scripts" / "examples").glob("*.py")]:
         known |= _flags_of_tool(tool)
     known |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
-    known |= {"--time", "--nodes", "--signal"}
+    known |= {"--time", "--nodes", "--signal", "--requeue", "--batch"}  # of SLURM
     known |= {"--full-matrix", "--layout-table"}  # of our tests, in tests/conftest.py
     wrong = {}
     for page in PAGES:
