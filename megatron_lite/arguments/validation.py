@@ -286,11 +286,12 @@ def _huggingface(run: RunConfig) -> Iterator[str]:
         )
         return
     # Imported here, so that --help and most runs do without it.
+    from megatron_lite.checkpoint.errors import CheckpointError
     from megatron_lite.checkpoint.huggingface import Architecture, disagreements
 
     try:
         yield from disagreements(folder, Architecture(run.transformer, run.gpt, run.gpt.vocab_size))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         yield str(error)
 
 
