@@ -116,13 +116,6 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
         "num_experts": [4],
     },
 }
-POSITIONS = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-)
 
 
 def folders(seed: int, count: int) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
