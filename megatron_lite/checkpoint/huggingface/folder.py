@@ -150,7 +150,11 @@ class TensorFolder:
                 f"{name} in {path} is of dtype {dtype}, but weights must be of {', '.join(DTYPES)}: take the model's "
                 "bfloat16 weights."
             )
-        self._places[name], self.shapes[name] = (file, name), tuple(described.get_shape())
+        shape = tuple(described.get_shape())
+        if 0 in shape:
+            # Shared experts of no width, as transformers has them for n_shared_experts 0.
+            return
+        self._places[name], self.shapes[name] = (file, name), shape
         self.dtypes[name] = dtype
 
 

@@ -102,8 +102,8 @@ def _write_llama(model: Architecture) -> dict[str, Any]:
 
 
 def _read_mistral(config: ConfigJson) -> dict[str, Any]:
-    # Models of theirs pay no heed to layer_types.
-    windows = window_settings(config, config.get_or_null("sliding_window", 4096), None)
+    # With layer_types theirs is a Ministral, which heeds them.
+    windows = window_settings(config, config.get_or_null("sliding_window", 4096), config.get("layer_types"))
     return {**read_positions(config), **read_heads(config, groups=8), **windows}
 
 

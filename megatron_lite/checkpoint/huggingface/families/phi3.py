@@ -22,9 +22,13 @@ from megatron_lite.checkpoint.huggingface.windows import window_of, window_setti
 
 
 def _read(config: ConfigJson) -> dict[str, Any]:
+    positions, heads = read_positions(config, partial=True, kinds=("default",)), read_heads(config)
+    rotated = int(heads["kv_channels"] * positions["rotary_percent"])
+    if rotated % 2 or rotated == 0:
+        config.refuse("head_dim", f"partial_rotary_factor would rotate {rotated} channels, no whole pairs")
     return {
-        **read_positions(config, partial=True, kinds=("default",)),
-        **read_heads(config),
+        **positions,
+        **heads,
         **window_settings(config, config.get("sliding_window"), None),
     }
 

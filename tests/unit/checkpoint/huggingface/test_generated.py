@@ -76,7 +76,7 @@ def test_generated_folders_compute_what_transformers_computes(tmp_path: Path, se
     """Or are refused by a message that names a field; what transformers refuses gives no other exception of ours.
 
     Mutations: rope_parameters before rope_scaling; theta outside before that inside; null taken for a missing value in
-    q_lora_rank, sliding_window, norm_topk_prob; aliases of a key not read; layer_types of Mistral read; a default of
+    q_lora_rank, sliding_window, norm_topk_prob; aliases of a key not read; layer_types of Mistral not read; a default of
     another family; the length of the original training inside before that outside.
     """
     counts: Counter[str] = Counter()
