@@ -48,7 +48,7 @@ def add_huggingface_settings(values: Values) -> None:
 
 
 def huggingface_violations(run: RunConfig) -> Iterator[str]:
-    """What the run says of the model and the weights of --load-hf cannot fit."""
+    """Yield a sentence for each setting that the weights of --load-hf cannot fit."""
     folder = run.checkpoint.load_hf
     if folder is None:
         return
@@ -58,16 +58,17 @@ def huggingface_violations(run: RunConfig) -> Iterator[str]:
             "tools/convert_checkpoint.py and write --pretrained-checkpoint."
         )
         return
+    from megatron_lite.checkpoint.errors import CheckpointError
     from megatron_lite.checkpoint.huggingface import Architecture, disagreements
 
     try:
         yield from disagreements(folder, Architecture(run.transformer, run.gpt, run.gpt.vocab_size))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         yield str(error)
 
 
 def huggingface_notices(run: RunConfig) -> Iterator[str]:
-    """What the run computes otherwise than the model of --load-hf was trained to; it breaks no rule."""
+    """Yield a sentence for each setting in which the run may, and does, differ from the model of --load-hf."""
     folder = run.checkpoint.load_hf
     if folder is None:
         return

@@ -63,7 +63,8 @@ def yarn_inverse_frequencies(frequencies: Tensor, base: float, yarn: YarnScaling
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     pairs = torch.arange(dim // 2, dtype=torch.float64, device="cpu")
-    interpolated = ((pairs - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    # Where clamping has put the ends in the wrong order the ramp falls, as in Megatron and transformers.
+    interpolated = ((pairs - low) / (high - low or 0.001)).clamp(0.0, 1.0)
     return frequencies * (1.0 - interpolated + interpolated / yarn.scaling_factor)
 
 

@@ -56,6 +56,11 @@ def ups(sizes: Sizes, count: int) -> Indices:
     return range(1, count, 2)
 
 
+def gates_then_ups(sizes: Sizes, count: int) -> Indices:
+    """All gates, then all ups."""
+    return torch.cat([torch.arange(start, count, 2, device="cpu") for start in (0, 1)])
+
+
 def queries(sizes: Sizes, count: int) -> Indices:
     """Rows of query-key-value are, for each group, those of its n/g queries, its key, its value."""
     return _by_group(sizes, count)[:, :-2].flatten()

@@ -32,6 +32,26 @@ class ConfigJson:
             return None
         return default if value is None else value
 
+    def get_or_null(self, key: str, default: Any) -> Any:
+        """A value where null is one of its own (no window, no groups), and not what a missing one means."""
+        return self.values.get(key, default)
+
+    def rename(self, aliases: Mapping[str, str]) -> None:
+        """Store each value under the name its alias stands for; as in transformers, the alias wins over the name."""
+        for alias, name in aliases.items():
+            if alias in self.values:
+                self.values[name] = self.values.pop(alias)
+
+    def like(self, key: str, default: Any) -> Any:
+        """A value of the kind of its default: a number (float or whole) or a truth value."""
+        value = self.get(key, default)
+        sound = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if not sound and default is not None:
+            kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "another kind")
+            self.refuse(key, f"must be {kind}", f"write it so, as in {default!r}")
+            return default
+        return value
+
     def integer(self, key: str, default: Any = REQUIRED) -> int:
         """A value that must be a positive number; 1 where it is not, which is a problem noted."""
         value = self.get(key, default)
@@ -46,9 +66,9 @@ class ConfigJson:
         self.problems.append(f"{key} is {self.values.get(key)!r} in {self.path}, but {rule}: {remedy}.")
 
     def only(self, key: str, expressible: Any) -> None:
-        """Note a value other than the one that can be expressed."""
-        value = self.values.get(key)
-        if value is not None and value != expressible:
+        """Note a value other than the one that can be expressed, which it is where it is missing; null means no."""
+        value = self.values.get(key, expressible)
+        if value != expressible and not (value is None and not expressible):
             self.refuse(key, f"only {expressible!r} can be expressed here")
 
     def raise_problems(self) -> None:

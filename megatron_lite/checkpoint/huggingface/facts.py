@@ -30,6 +30,7 @@ _ALWAYS = (
     "qk_layernorm",
     "attention_output_gate",
     "softmax_type",
+    "softmax_scale",
     "multi_latent_attention",
     "num_moe_experts",
 )

@@ -22,11 +22,13 @@ class Field:
 
     Attributes:
         ours: the field of TransformerConfig or GPTModelConfig.
-        default: what a config.json without the key means; REQUIRED if it must be there.
+        default: what a config.json without the key means; REQUIRED if it must be there, and be a positive number.
+        nullable: null is a value, and does not mean what a missing key does.
     """
 
     ours: str
     default: Any
+    nullable: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Family:
         fields: key of config.json -> setting of ours.
         fixed: our settings that all models of the family have.
         only: key of config.json -> the value that can be expressed, also meant where it is missing.
+        aliases: further name of a key -> the key; transformers takes the former where both are there.
         read: config.json -> the settings that take more than a table.
         write: the reverse.
     """
@@ -58,6 +61,7 @@ class Family:
     read: Callable[[ConfigJson], dict[str, Any]]
     write: Callable[[Architecture], dict[str, Any]]
     only: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     future: Table = field(default_factory=dict)
     future_copies: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
 

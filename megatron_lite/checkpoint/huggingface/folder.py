@@ -33,6 +33,11 @@ def require_safetensors() -> ModuleType:
         ) from error
 
 
+def has_safetensors(folder: str | Path) -> bool:
+    """Whether a folder holds tensors that can be read."""
+    return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
+
+
 def find_safetensors(folder: str | Path) -> Path:
     """The one file of a folder's tensors, or the index of several.
 
@@ -101,7 +106,17 @@ class TensorFolder:
         path = find_safetensors(self.folder)
         if path.name == SINGLE:
             return dict.fromkeys(self._opened(path).keys(), path)
-        return {name: self._file_of_index(name, file) for name, file in _weight_map(path).items()}
+        named = {name: self._file_of_index(name, file) for name, file in _weight_map(path).items()}
+        # Transformers takes all tensors of these files, whether the index names them or not.
+        for file in sorted(set(named.values())):
+            held = self._opened(file).keys()
+            for name in held:
+                if named.setdefault(name, file) != file:
+                    raise CheckpointError(
+                        f"{name} is in {file} and in {named[name].name}, and there is no telling which is meant: "
+                        "remove one of them."
+                    )
+        return named
 
     def _file_of_index(self, name: str, file: str) -> Path:
         if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
@@ -135,7 +150,11 @@ class TensorFolder:
                 f"{name} in {path} is of dtype {dtype}, but weights must be of {', '.join(DTYPES)}: take the model's "
                 "bfloat16 weights."
             )
-        self._places[name], self.shapes[name] = (file, name), tuple(described.get_shape())
+        shape = tuple(described.get_shape())
+        if 0 in shape:
+            # Shared experts of no width, as transformers has them for n_shared_experts 0.
+            return
+        self._places[name], self.shapes[name] = (file, name), shape
         self.dtypes[name] = dtype
 
 

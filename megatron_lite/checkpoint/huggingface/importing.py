@@ -6,9 +6,18 @@ from typing import Any
 
 from megatron_lite.checkpoint.conversion.architecture import Architecture, Settings
 from megatron_lite.checkpoint.conversion.importing import write_checkpoint
+from megatron_lite.checkpoint.huggingface.config_json import ConfigJson
 from megatron_lite.checkpoint.huggingface.folder import TensorFolder, require_safetensors
 from megatron_lite.checkpoint.huggingface.loading import REMEDY
-from megatron_lite.checkpoint.huggingface.settings import flags_of, read_config
+from megatron_lite.checkpoint.huggingface.settings import read_config, settings_of
+from megatron_lite.checkpoint.huggingface.tying import refuse_own_head
+from megatron_lite.errors import ConfigError
+
+# In config.json -> our flag.
+_PRECISIONS = {"float64": None, "float32": None, "bfloat16": "bf16", "float16": "fp16"}
+_OF_16_BITS = {"BF16": "bf16", "F16": "fp16"}
+# Kept in float32 whatever the model's precision is.
+_ALWAYS_FLOAT32 = "e_score_correction_bias"
 
 
 def settings_to_import(folder: str | Path) -> Settings:
@@ -19,8 +28,8 @@ def settings_to_import(folder: str | Path) -> Settings:
         CheckpointError: the safetensors are damaged.
     """
     require_safetensors()
-    family, config = read_config(folder)
-    settings = flags_of(family, config)
+    _, config = read_config(folder)
+    family, settings = settings_of(folder)
     theirs = TensorFolder(folder, family.prefix)
     transformer = settings["transformer"]
     layers, depths = transformer["num_layers"], 0
@@ -28,11 +37,27 @@ def settings_to_import(folder: str | Path) -> Settings:
         depths += 1
     if depths:
         transformer["mtp_num_layers"] = depths
-    dtypes = set(theirs.dtypes.values())
-    transformer |= {"bf16": "BF16" in dtypes, "fp16": "F16" in dtypes and "BF16" not in dtypes}
+    precision = _precision(config, theirs)
+    transformer |= {name: name == precision for name in ("bf16", "fp16")}
     if transformer.get("num_moe_experts"):
         transformer["moe_grouped_gemm"] = True
     return settings
+
+
+def _precision(config: ConfigJson, theirs: TensorFolder) -> str | None:
+    """The 16 bits that a model computes with: as config.json says, else as all its tensors have; None for float32.
+
+    Raises:
+        ConfigError: config.json names another dtype.
+    """
+    named = config.get("dtype", config.get("torch_dtype"))
+    if named is None:
+        found = {dtype for name, dtype in theirs.dtypes.items() if not name.endswith(_ALWAYS_FLOAT32)}
+        return _OF_16_BITS.get(found.pop()) if len(found) == 1 else None
+    if named not in _PRECISIONS:
+        key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+        raise ConfigError(f"{key} is {named!r} in {config.path}, but must be one of: {', '.join(_PRECISIONS)}.")
+    return _PRECISIONS[named]
 
 
 def import_checkpoint(
@@ -59,4 +84,6 @@ def import_checkpoint(
     """
     family, _ = read_config(folder)
     theirs = TensorFolder(folder, family.prefix)
+    if model.gpt.share_embeddings_and_output_weights:
+        refuse_own_head(theirs, family)
     return write_checkpoint(root, theirs, family, model, config_dict, announce, REMEDY)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_lite.checkpoint.agreement import agreed, union_of_names
+from megatron_lite.checkpoint.agreement import agreed, union_of_names, world
 from megatron_lite.checkpoint.conversion.filling import compare, fill_tensor, pieces_of_tensors, pieces_to_read
 from megatron_lite.checkpoint.huggingface.folder import TensorFolder, find_safetensors, require_safetensors
 from megatron_lite.checkpoint.huggingface.settings import read_config
+from megatron_lite.checkpoint.huggingface.tying import refuse_own_head
 from megatron_lite.checkpoint.model_state import fill_copies, local_tensor, model_tensors
 from megatron_lite.model_chunks import ModelChunks, as_chunks
 from megatron_lite.tensor_parallel.parameters import stored_indices
@@ -41,6 +42,9 @@ def load_huggingface(folder: str | Path, model_chunks: ModelChunks) -> None:
     wanted = pieces_to_read(pieces)
     wanted_anywhere = union_of_names(wanted)
     agreed(what, lambda: compare(wanted, wanted_anywhere, theirs, family, chunks[0], REMEDY))
+    if chunks[0].share_embeddings_and_output_weights:
+        # One rank reads all of both.
+        agreed(what, lambda: refuse_own_head(theirs, family) if world()[0] == 0 else None)
 
     def fill() -> None:
         for name, tensor in own.items():

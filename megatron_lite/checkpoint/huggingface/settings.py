@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.conversion.architecture import OF_GPT, Architecture, Settings, architecture_of, grouped
-from megatron_lite.checkpoint.huggingface.config_json import CONFIG, ConfigJson, read_config_json
+from megatron_lite.checkpoint.huggingface.config_json import CONFIG, REQUIRED, ConfigJson, read_config_json
 from megatron_lite.checkpoint.huggingface.facts import differences, remedy
 from megatron_lite.checkpoint.huggingface.families import FAMILIES
-from megatron_lite.checkpoint.huggingface.family import Family
+from megatron_lite.checkpoint.huggingface.family import Family, Field
+from megatron_lite.checkpoint.huggingface.folder import TensorFolder, has_safetensors
+from megatron_lite.checkpoint.huggingface.tying import has_own_head
 from megatron_lite.checkpoint.model_settings import CHOICES
 from megatron_lite.errors import ConfigError
 
@@ -33,26 +35,59 @@ def flags_of(family: Family, config: ConfigJson) -> Settings:
         ConfigError: lists everything in it that cannot be expressed.
     """
     flat: dict[str, Any] = dict(family.fixed)
+    config.rename(family.aliases)
     for key, field in family.fields.items():
-        flat[field.ours] = config.get(key, field.default)
-    for key, value in family.only.items():
+        if field.default is not REQUIRED:
+            config.values.setdefault(key, field.default)
+        flat[field.ours] = _value_of(config, key, field)
+    # Transformers changes any setting of a single layer by it.
+    for key, value in {**family.only, "per_layer_config": None}.items():
         config.only(key, value)
-    flat |= family.read(config)
+    try:
+        flat |= family.read(config)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        config.problems.append(f"{config.path} holds a value of the wrong kind: {error}.")
     config.raise_problems()
     return grouped(flat)
 
 
-def read_architecture(folder: str | Path) -> tuple[Family, Architecture]:
-    """The family and the architecture that a folder's config.json describes.
+def _value_of(config: ConfigJson, key: str, field: Field) -> Any:
+    if field.default is REQUIRED:
+        return config.integer(key)
+    if field.nullable and config.values[key] is None:
+        return None
+    return config.like(key, field.default)
+
+
+def settings_of(folder: str | Path) -> tuple[Family, Settings]:
+    """The family of a folder's model, and our settings of it: those of config.json, untied where its weights are.
 
     Raises:
-        ConfigError: it cannot be read or expressed.
+        ConfigError: config.json cannot be read or expressed.
+        CheckpointError: the weights are damaged.
     """
     family, config = read_config(folder)
+    settings = flags_of(family, config)
+    # Without weights config.json alone counts, as for a dry run.
+    if settings["gpt"]["share_embeddings_and_output_weights"] and has_safetensors(folder):
+        settings["gpt"]["share_embeddings_and_output_weights"] = not has_own_head(
+            TensorFolder(folder, family.prefix), family
+        )
+    return family, settings
+
+
+def read_architecture(folder: str | Path) -> tuple[Family, Architecture]:
+    """The family and the architecture of a folder's model.
+
+    Raises:
+        ConfigError: config.json cannot be read or expressed.
+        CheckpointError: the weights are damaged.
+    """
+    family, settings = settings_of(folder)
     try:
-        return family, architecture_of(flags_of(family, config))
+        return family, architecture_of(settings)
     except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{config.path} holds a value of the wrong kind: {error}") from error
+        raise ConfigError(f"{Path(folder) / CONFIG} holds a value of the wrong kind: {error}") from error
 
 
 def disagreements(folder: str | Path, mine: Architecture) -> Iterator[str]:
@@ -110,14 +145,18 @@ def config_of(model: Architecture, model_type: str | None = None) -> tuple[Famil
     _, nearest, problems = min(failures, key=lambda one: one[0])
     raise ConfigError(
         f"no model type of transformers that is known here computes what this model does. Nearest is "
-        f"{nearest.model_type!r}, which differs: {'; '.join(problems)}."
+        f"{nearest.model_type!r}, which differs: {'; '.join(problems)}. Train with the settings of that type, or use "
+        "the checkpoint with the tools of this program."
     )
 
 
 def _written(family: Family, model: Architecture) -> dict[str, Any]:
     values: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     for key, field in family.fields.items():
-        values[key] = getattr(model.gpt if field.ours in OF_GPT else model.transformer, field.ours)
+        value = getattr(model.gpt if field.ours in OF_GPT else model.transformer, field.ours)
+        # Transformers takes null for no value, and a whole number for no float.
+        if value is not None or field.nullable:
+            values[key] = float(value) if type(field.default) is float else value
     return {**values, "vocab_size": model.vocab_size, **family.only, **family.write(model)}
 
 

@@ -11,9 +11,16 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 def window_settings(config: ConfigJson, width: int | None, layer_types: list[str] | None) -> dict[str, Any]:
     """Our settings for windows of `width` tokens, the own one included; `layer_types` None: in all layers."""
-    unknown = set(layer_types or ()) - {FULL, SLIDING}
-    if unknown:
+    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - {FULL, SLIDING}):
         config.refuse("layer_types", f"must name {FULL} and {SLIDING} only")
+        return {}
+    if layer_types is not None and len(layer_types) != config.integer("num_hidden_layers"):
+        config.refuse("layer_types", "must name one type for each of num_hidden_layers", "add those that are missing")
+    if width is None and layer_types is not None and SLIDING in layer_types:
+        config.refuse("layer_types", "there is no sliding_window", f"write its width, or {FULL} for all layers")
+    if width is not None and (type(width) is not int or width < 1):
+        config.refuse("sliding_window", "must be a positive number", "write null for no window")
+        return {}
     if width is None or (layer_types is not None and SLIDING not in layer_types):
         return {}
     settings: dict[str, Any] = {"window_size": (width - 1, 0)}

@@ -103,6 +103,16 @@ def test_yarn_frequencies() -> None:
     assert got == pytest.approx((1 - share) + share / 40, rel=1e-12)
 
 
+def test_yarn_ends_in_the_wrong_order() -> None:
+    """All pairs turn often within a long original context: clamping puts the end of the ramp before its start.
+
+    Mutation: such a ramp taken for a step that keeps all pairs.
+    """
+    plain = rotary_inverse_frequencies(8, 50.0)
+    yarn = YarnScaling(scaling_factor=4.0, original_max_position_embeddings=10**6)
+    assert (yarn_inverse_frequencies(plain, 50.0, yarn) / plain).tolist() == pytest.approx([0.25] * 4)
+
+
 def test_yarn_attention_factor() -> None:
     assert yarn_attention_factor(YarnScaling(scaling_factor=40.0)) == pytest.approx(0.1 * math.log(40) + 1)
     assert yarn_attention_factor(YarnScaling(scaling_factor=1.0)) == 1.0

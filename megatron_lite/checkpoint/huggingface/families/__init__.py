@@ -5,6 +5,7 @@ from megatron_lite.checkpoint.huggingface.families.gpt2 import GPT2
 from megatron_lite.checkpoint.huggingface.families.gpt_oss import GPT_OSS
 from megatron_lite.checkpoint.huggingface.families.llama import LLAMA, MISTRAL
 from megatron_lite.checkpoint.huggingface.families.mixtral import MIXTRAL
+from megatron_lite.checkpoint.huggingface.families.phi3 import PHI3
 from megatron_lite.checkpoint.huggingface.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from megatron_lite.checkpoint.huggingface.family import Family
 
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
         MISTRAL,
         QWEN2,
         QWEN3,
+        PHI3,
         MIXTRAL,
         QWEN3_MOE,
         DEEPSEEK_V2,

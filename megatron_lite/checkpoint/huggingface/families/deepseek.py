@@ -16,6 +16,7 @@ from megatron_lite.checkpoint.huggingface.families.llama import (
     OUTSIDE,
     PREFIX,
     ROUTER,
+    require_whole_heads,
 )
 from megatron_lite.checkpoint.huggingface.family import Family, Field
 from megatron_lite.checkpoint.huggingface.positions import read_positions, write_positions
@@ -50,7 +51,7 @@ _FUTURE_COPIES = {
 }
 _FIELDS = {
     **FIELDS,
-    "q_lora_rank": Field("q_lora_rank", None),
+    "q_lora_rank": Field("q_lora_rank", 1536, nullable=True),
     "kv_lora_rank": Field("kv_lora_rank", 512),
     "qk_nope_head_dim": Field("qk_head_dim", 128),
     "qk_rope_head_dim": Field("qk_pos_emb_head_dim", 64),
@@ -71,16 +72,20 @@ _ONLY = {
 }
 
 
-def _read_both(config: ConfigJson) -> dict[str, Any]:
-    layers, dense = config.integer("num_hidden_layers"), config.get("first_k_dense_replace", 0)
-    shared = config.get("n_shared_experts")
+def _read_both(config: ConfigJson, dense: int, shared: int) -> dict[str, Any]:
+    """Settings of V2 and V3, with the numbers of dense layers and of shared experts where none are named."""
+    require_whole_heads(config)
+    layers, dense = config.integer("num_hidden_layers"), config.like("first_k_dense_replace", dense)
+    if dense >= layers:
+        config.refuse("first_k_dense_replace", f"then none of num_hidden_layers ({layers}) has experts")
+    shared = config.like("n_shared_experts", shared)
     positions = read_positions(config)
     return {
         **positions,
         # In latent attention the default is YaRN.
         "rope_type": None if positions["position_embedding_type"] == "yarn" else "rope",
         "moe_layer_freq": [int(number >= dense) for number in range(layers)],
-        "moe_shared_expert_intermediate_size": shared and shared * config.integer("moe_intermediate_size"),
+        "moe_shared_expert_intermediate_size": shared * config.integer("moe_intermediate_size") or None,
     }
 
 
@@ -94,8 +99,8 @@ def _write_both(model: Architecture) -> dict[str, Any]:
         "head_dim": config.qk_pos_emb_head_dim,
         "first_k_dense_replace": next((n - 1 for n in layers if is_moe_layer(config, n)), len(layers)),
         # A width that is no multiple shows when the result is compared.
-        "n_shared_experts": width and width // (config.moe_ffn_hidden_size or 1),
-        "routed_scaling_factor": config.moe_router_topk_scaling_factor or 1.0,
+        "n_shared_experts": width // (config.moe_ffn_hidden_size or 1) if width else 0,
+        "routed_scaling_factor": float(config.moe_router_topk_scaling_factor or 1.0),
     }
 
 
@@ -103,9 +108,9 @@ def _read_v2(config: ConfigJson) -> dict[str, Any]:
     if config.get("topk_method", "greedy") != "greedy" and (config.get("n_group") or 1) > 1:
         config.refuse("topk_method", "theirs scores a group by its best expert, ours by the sum of several")
     return {
-        **_read_both(config),
+        **_read_both(config, dense=0, shared=2),
         "moe_router_pre_softmax": True,
-        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": config.like("routed_scaling_factor", 1.0),
     }
 
 
@@ -117,15 +122,13 @@ def _read_v3(config: ConfigJson) -> dict[str, Any]:
     chosen, groups = config.integer("num_experts_per_tok"), config.integer("n_group", 8)
     allowed = config.integer("topk_group", 4)
     settings = {
-        **_read_both(config),
+        **_read_both(config, dense=3, shared=1),
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        "moe_router_topk_scaling_factor": config.get("routed_scaling_factor", 2.5),
+        "moe_router_topk_scaling_factor": config.like("routed_scaling_factor", 2.5),
     }
-    if chosen == 1:
-        config.only("norm_topk_prob", False)
-    else:
-        config.only("norm_topk_prob", True)
+    config.values.setdefault("norm_topk_prob", True)
+    config.only("norm_topk_prob", chosen > 1)
     if allowed == groups:
         return settings
     if chosen // allowed != 2:
@@ -160,6 +163,7 @@ DEEPSEEK_V2 = Family(
     fields=_FIELDS,
     fixed=_FIXED,
     only=_ONLY,
+    aliases={"num_experts": "n_routed_experts"},
     read=_read_v2,
     write=_write_v2,
 )
@@ -171,8 +175,9 @@ DEEPSEEK_V3 = Family(
     layer={**_LAYER_TABLE, "mlp.router.expert_bias": same(f"{LAYER}mlp.gate.e_score_correction_bias")},
     future=_FUTURE,
     future_copies=_FUTURE_COPIES,
-    fields=_FIELDS,
+    fields={**_FIELDS, "max_position_embeddings": Field("max_position_embeddings", 4096)},
     fixed=_FIXED,
+    aliases={"num_local_experts": "n_routed_experts"},
     only={**_ONLY, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     read=_read_v3,
     write=_write_v3,

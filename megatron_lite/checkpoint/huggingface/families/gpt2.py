@@ -11,7 +11,7 @@ _LAYER = "transformer.h.{layer}."
 
 
 def _read(config: ConfigJson) -> dict[str, Any]:
-    width = config.get("n_inner") or 4 * config.integer("n_embd")
+    width = config.integer("n_inner", 4 * config.integer("n_embd"))
     function = config.get("activation_function", "gelu_new")
     if function not in ("gelu_new", "gelu_pytorch_tanh", "gelu"):
         config.refuse("activation_function", "must be gelu_new, gelu_pytorch_tanh or gelu")
@@ -63,6 +63,12 @@ GPT2 = Family(
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
+    },
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
     },
     read=_read,
     write=_write,

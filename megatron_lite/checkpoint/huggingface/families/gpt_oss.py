@@ -20,28 +20,41 @@ from megatron_lite.checkpoint.huggingface.family import Family, Field
 from megatron_lite.checkpoint.huggingface.positions import read_positions, write_positions
 from megatron_lite.checkpoint.huggingface.windows import FULL, SLIDING, window_of, window_settings
 
+# The positions that a config.json means which describes none.
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def _read(config: ConfigJson) -> dict[str, Any]:
     layers = config.integer("num_hidden_layers")
     types = [SLIDING if number % 2 == 0 else FULL for number in range(layers)]
     return {
-        **read_positions(config, theta=150000.0),
+        **read_positions(config, theta=150000.0, absent=_YARN),
         **read_heads(config, 64, 8),
-        **window_settings(config, config.get("sliding_window", 128), config.get("layer_types", types)),
+        **window_settings(config, config.get_or_null("sliding_window", 128), config.get("layer_types", types)),
         "moe_ffn_hidden_size": config.integer("intermediate_size"),
-        "activation_func_clamp_value": float(config.get("swiglu_limit", 7.0)),
+        "activation_func_clamp_value": float(config.like("swiglu_limit", 7.0)),
     }
 
 
 def _write(model: Architecture) -> dict[str, Any]:
     width, types = window_of(model)
+    positions, limit = write_positions(model), model.transformer.activation_func_clamp_value
     return {
-        **write_positions(model),
+        **positions,
+        # None would mean those above.
+        "rope_scaling": positions["rope_scaling"] or {"rope_type": "default"},
         **write_heads(model),
         "sliding_window": width,
         "layer_types": types,
         "intermediate_size": model.transformer.moe_ffn_hidden_size,
-        "swiglu_limit": model.transformer.activation_func_clamp_value,
+        "swiglu_limit": None if limit is None else float(limit),
     }
 
 
@@ -77,6 +90,7 @@ GPT_OSS = Family(
         "softmax_type": "learnable",
     },
     only={**ONLY, "attention_bias": True, "swiglu_alpha": 1.702},
+    aliases={"num_experts": "num_local_experts"},
     read=_read,
     write=_write,
 )

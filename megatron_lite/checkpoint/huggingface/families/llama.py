@@ -68,8 +68,18 @@ ONLY = {"hidden_act": "silu"}
 def read_heads(config: ConfigJson, head_dim: int | None = None, groups: int | None = None) -> dict[str, Any]:
     """Query groups, and the width of a head: by default `head_dim`, or the width of the model over the heads."""
     heads = config.integer("num_attention_heads")
-    width = config.get("head_dim", head_dim) or config.integer("hidden_size") // heads
-    return {"num_query_groups": config.get("num_key_value_heads", groups or heads), "kv_channels": width}
+    width = config.integer("head_dim", head_dim or config.integer("hidden_size") // heads)
+    # Null means as many as heads, also where a missing one means another number.
+    if config.get_or_null("num_key_value_heads", groups) is None:
+        return {"num_query_groups": heads, "kv_channels": width}
+    return {"num_query_groups": config.integer("num_key_value_heads", groups), "kv_channels": width}
+
+
+def require_whole_heads(config: ConfigJson) -> None:
+    """Some families of theirs demand it even where the width of a head is given."""
+    heads = config.integer("num_attention_heads")
+    if config.integer("hidden_size") % heads:
+        config.refuse("hidden_size", f"models of this type want a multiple of num_attention_heads ({heads})")
 
 
 def write_heads(model: Architecture) -> dict[str, Any]:
@@ -79,6 +89,7 @@ def write_heads(model: Architecture) -> dict[str, Any]:
 
 
 def _read_llama(config: ConfigJson) -> dict[str, Any]:
+    require_whole_heads(config)
     attention, mlp = (bool(config.get(key, False)) for key in ("attention_bias", "mlp_bias"))
     if attention != mlp:
         config.refuse("attention_bias", f"mlp_bias is {mlp}, and linear layers have biases all or none")
@@ -91,9 +102,8 @@ def _write_llama(model: Architecture) -> dict[str, Any]:
 
 
 def _read_mistral(config: ConfigJson) -> dict[str, Any]:
-    # The default of the class is 4096, but a config.json says null where there is none.
-    width = config.get("sliding_window") if "sliding_window" in config.values else 4096
-    windows = window_settings(config, width, config.get("layer_types"))
+    # With layer_types theirs is a Ministral, which heeds them.
+    windows = window_settings(config, config.get_or_null("sliding_window", 4096), config.get("layer_types"))
     return {**read_positions(config), **read_heads(config, groups=8), **windows}
 
 
@@ -119,7 +129,7 @@ MISTRAL = Family(
     prefix=PREFIX,
     outside=OUTSIDE,
     layer={**NORMS, **ATTENTION, **MLP},
-    fields=FIELDS,
+    fields={**FIELDS, "max_position_embeddings": Field("max_position_embeddings", 131072)},
     fixed=FIXED,
     only=ONLY,
     read=_read_mistral,

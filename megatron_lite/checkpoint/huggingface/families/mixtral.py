@@ -56,12 +56,14 @@ MIXTRAL = Family(
     },
     fields={
         **FIELDS,
+        "max_position_embeddings": Field("max_position_embeddings", 131072),
         "rms_norm_eps": Field("layernorm_epsilon", 1e-5),
         "num_local_experts": Field("num_moe_experts", REQUIRED),
         "num_experts_per_tok": Field("moe_router_topk", 2),
     },
     fixed=FIXED,
     only=ONLY,
+    aliases={"num_experts": "num_local_experts"},
     read=_read,
     write=_write,
 )

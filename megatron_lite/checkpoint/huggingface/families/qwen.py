@@ -31,11 +31,10 @@ _FIELDS = {**FIELDS, "max_position_embeddings": Field("max_position_embeddings",
 
 def _read_windows(config: ConfigJson) -> dict[str, Any]:
     """Windows in the layers that layer_types names, or else from max_window_layers on."""
-    if not config.get("use_sliding_window", False):
-        return {}
-    layers, first = config.integer("num_hidden_layers"), config.get("max_window_layers", 28)
-    types = [SLIDING if number >= first else FULL for number in range(layers)]
-    return window_settings(config, config.get("sliding_window", 4096), config.get("layer_types", types))
+    width = config.get_or_null("sliding_window", 4096) if config.like("use_sliding_window", False) else None
+    layers, first = config.integer("num_hidden_layers"), config.like("max_window_layers", 28)
+    types = [SLIDING if width is not None and number >= first else FULL for number in range(layers)]
+    return window_settings(config, width, config.get("layer_types", types))
 
 
 def _write_windows(model: Architecture) -> dict[str, Any]:
@@ -65,12 +64,15 @@ def _read_qwen3_moe(config: ConfigJson) -> dict[str, Any]:
         config.refuse("use_sliding_window", "windows of this family cannot be expressed")
     layers, step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers", [])
+    experts = [int(number not in dense and (number + 1) % step == 0) for number in range(layers)]
+    if not any(experts):
+        config.refuse("mlp_only_layers", f"with decoder_sparse_step {step} no layer has experts")
     return {
         **read_positions(config),
         **read_heads(config, groups=4),
-        "num_moe_experts": config.integer("num_local_experts", config.get("num_experts", 128)),
-        "moe_layer_freq": [int(number not in dense and (number + 1) % step == 0) for number in range(layers)],
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "num_moe_experts": config.integer("num_experts", 128),
+        "moe_layer_freq": experts,
+        "moe_router_pre_softmax": not config.like("norm_topk_prob", False),
     }
 
 
@@ -125,6 +127,7 @@ QWEN3_MOE = Family(
     },
     fixed={**FIXED, "qk_layernorm": True},
     only={**ONLY, "attention_bias": False},
+    aliases={"num_local_experts": "num_experts"},
     read=_read_qwen3_moe,
     write=_write_qwen3_moe,
 )

@@ -127,7 +127,7 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("llama3_8b", {"num_hidden_layers": None}, "has no num_hidden_layers"),
     ("llama3_8b", {"hidden_size": "4096"}, "hidden_size is '4096'|wrong kind"),
     ("llama3_8b", {"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ("llama3_8b", {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_type 'longrope'"),
+    ("llama3_8b", {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_type .* is 'longrope'"),
     ("llama3_8b", {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 2.0}}, "low_freq_factor"),
     ("llama3_8b", {"rope_scaling": "yarn"}, "must be an object"),
     ("llama3_8b", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
@@ -165,16 +165,50 @@ def test_damaged_config_json(tmp_path: Path, content: str) -> None:
 
 
 def test_positions_of_both_spellings(tmp_path: Path) -> None:
-    """Mutations: `type` not read as `rope_type`; rope_theta of the older spelling lost; a share of rotated channels."""
+    """Either alone means the same; of both, rope_scaling counts, as in transformers, unless it is empty.
+
+    Mutations: `type` not read as `rope_type`; rope_theta of the older spelling lost; rope_parameters read first.
+    """
     scaling = {"type": "linear", "factor": 2.0}
     _, old = read_architecture(write(tmp_path, **changed("llama3_8b", rope_scaling=scaling)))
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    assert old.gpt.rotary_seq_len_interpolation_factor == 2.0
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     settings = changed("llama3_8b", rope_parameters=rope)
     del settings["rope_theta"]
     _, new = read_architecture(write(tmp_path, **settings))
-    assert old.gpt.rotary_seq_len_interpolation_factor == 2.0
-    assert (new.gpt.rotary_percent, new.gpt.rotary_base) == (0.5, 5e5)
-    assert [name for name, _, _ in differences(old, new)] == ["rotary_percent"]
+    assert list(differences(old, new)) == []
+    both = changed("llama3_8b", rope_parameters={"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4})
+    _, found = read_architecture(write(tmp_path, **{**both, "rope_scaling": scaling}))
+    assert list(differences(old, found)) == []
+    _, found = read_architecture(write(tmp_path, **{**both, "rope_scaling": {}}))
+    assert {name for name, _, _ in differences(old, found)} == {"rotary_base", "rotary_seq_len_interpolation_factor"}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_parts_of_heads_are_rotated_by_phi3_alone(tmp_path: Path, inside: bool) -> None:
+    """The models of other types in transformers rotate whole heads whatever their config.json says.
+
+    Mutations: partial_rotary_factor taken over, or ignored, for llama; the one outside of rope_parameters not read.
+    """
+    partial = {"partial_rotary_factor": 0.5}
+    values = changed("llama3_8b", **({"rope_parameters": partial} if inside else partial))
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor .* is 0\.5 .*phi3"):
+        read_architecture(write(tmp_path, **values))
+    _, ours = read_architecture(write(tmp_path, **{**values, "model_type": "phi3"}))
+    assert ours.gpt.rotary_percent == 0.5
+    assert config_of(ours)[0].model_type == "phi3"
+    with pytest.raises(ConfigError, match=r"'llama'.*rotary_percent is 0.5, theirs 1"):
+        config_of(ours, "llama")
+
+
+def test_gpt_oss_is_scaled_unless_it_says_otherwise(tmp_path: Path) -> None:
+    """Mutations: a config.json without positions means plain ones; an export without YaRN writes none."""
+    values = changed("gpt_oss_20b", rope_scaling=None)
+    _, scaled = read_architecture(write(tmp_path, **values))
+    assert scaled.gpt.rotary_scaling_factor == 32.0
+    _, plain = read_architecture(write(tmp_path, **values, rope_parameters={}))
+    assert plain.gpt.position_embedding_type == "rope"
+    assert config_of(plain)[1]["rope_scaling"] == {"rope_type": "default"}
 
 
 def test_one_of_two_sources_of_weights(tmp_path: Path) -> None:
@@ -187,4 +221,4 @@ def test_one_of_two_sources_of_weights(tmp_path: Path) -> None:
 
 def test_every_family_has_a_name_of_its_own() -> None:
     """Mutation: a family registered twice."""
-    assert len({family.architecture for family in FAMILIES.values()}) == len(FAMILIES) == 10
+    assert len({family.architecture for family in FAMILIES.values()}) == len(FAMILIES) == 11

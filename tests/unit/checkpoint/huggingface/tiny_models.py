@@ -79,6 +79,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3ForCausalLM",
         {**COMMON, "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": _YARN},
     ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    ),
     "mixtral": ("MixtralForCausalLM", {**COMMON, "num_local_experts": 8}),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
@@ -119,11 +123,23 @@ def build(name: str, **changes: Any) -> nn.Module:
     config = getattr(transformers, f"{prefix}Config")(**{**settings, **changes}, attn_implementation="eager")
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, kind)(config).eval()
+    randomize(model)
+    return model
+
+
+def randomize(model: nn.Module) -> None:
+    """Add random numbers to all weights, norms, biases and sinks too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in [*model.parameters(), *_biases_of_routers(model)]:
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
-    return model
+
+
+def config_values(name: str) -> dict[str, Any]:
+    """A config.json as a user would write it, with the settings above alone."""
+    kind, settings = MODELS[name]
+    prefix = kind.replace("LMHeadModel", "").replace("ForCausalLM", "")
+    return {"model_type": getattr(transformers, f"{prefix}Config").model_type, **settings}
 
 
 def _biases_of_routers(model: nn.Module) -> list[Tensor]:
