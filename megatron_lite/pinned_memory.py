@@ -1,8 +1,8 @@
 """Memory of the host, pinned for a GPU, of as many bytes as are needed.
 
-torch's allocator of pinned memory rounds each request up to a power of two (600 MiB take 1,024), and gives a block that
-is free again to nobody before the device has done all copies with it, while the host, which waits for none, takes
-further ones. Here are two ways around both:
+torch's allocator of pinned memory rounds each request up to a power of two (600 MiB take 1,024), and hands a block that
+was freed out again only after the device has made all copies with it, so that a host that runs ahead of the device
+takes more and more. Here are two ways around that:
 
 - `host_tensors`, for what stays: all tensors lie in one mapping, which is page-locked as a whole, to the byte.
 - `HostBytes`, for what comes and goes: pieces that are powers of two anyway, used again in the order of a stream.
@@ -59,7 +59,7 @@ class HostBytes:
     """Room for bytes on their way to the host and back. When nobody holds it, the next one takes it.
 
     At once, while copies may be queued: so all of a device's copies to and from such rooms belong on one stream, whose
-    order keeps new bytes behind old ones.
+    order puts new bytes after old ones.
 
     Args:
         count: how many, 1 or more.
@@ -123,7 +123,7 @@ def _unpin(address: int) -> None:
 
 @functools.cache
 def _free_pieces(device: torch.device) -> dict[int, list[Tensor]]:
-    """Those that nobody holds, by their bytes."""
+    """Pieces that nobody holds, by size."""
     return defaultdict(list)
 
 
