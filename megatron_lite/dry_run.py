@@ -6,7 +6,7 @@ collectives do nothing. So layout, parameters and bytes are read off the real mo
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from megatron_lite.dry_run_memory import (
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.gpt.parameter_count import count_parameters
 from megatron_lite.num_microbatches_calculator import build_num_microbatches_calculator
+from megatron_lite.optimizer.host_moments import names_on_host
 from megatron_lite.optimizer.param_groups import is_updated_by_muon
 from megatron_lite.tensor_parallel.parameters import local, named_parameter_specs
 from megatron_lite.tokenizers import build_tokenizer
@@ -56,14 +57,19 @@ def describe(run: RunConfig) -> str:
     with fake_cluster(run):
         sizes = _sizes_of_pipeline(run, vocab_size)
         layout = list(_layout_lines(run))
+        pipeline_ranks = _pipeline_ranks()
     memories = _memories(run, sizes)
     fullest = max(range(len(memories)), key=lambda rank: memories[rank].total)
-    which = "rank 0" if len(memories) == 1 else f"pipeline rank {fullest}, the fullest"
+    fullest_host = max(range(len(memories)), key=lambda rank: memories[rank].host_total)
+    which, which_host = (
+        "rank 0" if len(memories) == 1 else f"pipeline rank {rank}, the fullest" for rank in (fullest, fullest_host)
+    )
     sections = {
         f"Layout of {run.world_size:,} rank{'s' if run.world_size > 1 else ''}": layout,
         "Pipeline": list(_pipeline_lines(run, sizes, memories)),
         "Parameters": list(_parameter_lines(run, sizes, fullest)),
         f"Memory of {which}": list(_memory_lines(run, memories[fullest])),
+        f"Host memory of {which_host}": list(_host_memory_lines(memories, fullest_host, pipeline_ranks)),
         "Batch": list(_batch_lines(run)),
     }
     blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
@@ -76,14 +82,22 @@ def estimated_memory(run: RunConfig) -> Memory:
     Raises:
         ConfigError: as `describe`.
     """
+    return max(memories_of_pipeline(run), key=lambda memory: memory.total)
+
+
+def memories_of_pipeline(run: RunConfig) -> list[Memory]:
+    """Bytes of a rank of each pipeline stage.
+
+    Raises:
+        ConfigError: as `describe`.
+    """
     vocab_size = _vocab_size(run)
     with fake_cluster(run):
         sizes = _sizes_of_pipeline(run, vocab_size)
-    return max(_memories(run, sizes), key=lambda memory: memory.total)
+    return _memories(run, sizes)
 
 
 def _memories(run: RunConfig, sizes: list[ModelSize]) -> list[Memory]:
-    """Of a rank of each pipeline stage."""
     return [memory_of(run, *both) for both in zip(sizes, activations_of_pipeline(run), strict=True)]
 
 
@@ -130,27 +144,36 @@ def _sizes_of_pipeline(run: RunConfig, vocab_size: int) -> list[ModelSize]:
         if not run.gpt.share_embeddings_and_output_weights:
             tables += sum(chunk.post_process for chunk in chunks)
         count = count_parameters(chunks, run.transformer)
+        shards = _elements(chunks)
+        for chunk in chunks:
+            wrap_data_parallel(chunk, run.transformer, run.ddp, meshes[0], expert_mesh=meshes[1])
+        on_host = names_on_host(_elements(chunks), run.optimizer.host_fraction)
         parts = []
         for chunk in chunks:
-            shards = {name: local(parameter).numel() for name, parameter in chunk.named_parameters()}
-            wrap_data_parallel(chunk, run.transformer, run.ddp, meshes[0], expert_mesh=meshes[1])
-            parts.append([_part(chunk, shards, of_experts) for of_experts in (False, True)])
-        dense, experts = (joined(same) for same in zip(*parts, strict=True))
-        sizes.append(ModelSize(count.total, count.active, padding * tables, dense, experts))
+            specs = named_parameter_specs(chunk)
+            of_experts = {name for name, spec in specs.items() if spec.is_expert}
+            kinds = specs.keys() - of_experts, of_experts, specs.keys() & on_host
+            parts.append([_part(chunk, shards, names) for names in kinds])
+        dense, experts, offloaded = (joined(same) for same in zip(*parts, strict=True))
+        sizes.append(ModelSize(count.total, count.active, padding * tables, dense, experts, offloaded))
     return sizes
 
 
-def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
-    """Count the dense parameters or the experts of a model that is wrapped for data parallelism.
+def _elements(chunks: Sequence[nn.Module]) -> dict[str, int]:
+    """Elements of this rank's part of each parameter."""
+    return {name: local(parameter).numel() for chunk in chunks for name, parameter in chunk.named_parameters()}
+
+
+def _part(model: nn.Module, shards: dict[str, int], names: Set[str]) -> Part:
+    """Count some parameters of a model that is wrapped for data parallelism.
 
     Args:
         model: rank 0's.
         shards: elements of its part of each parameter before the wrapping.
-        of_experts: which of the two to count.
+        names: which of them to count.
     """
     specs, stored, matrices = named_parameter_specs(model), 0, 0
     layers: dict[str, int] = {}
-    names = [name for name, spec in specs.items() if spec.is_expert == of_experts]
     parameters = dict(model.named_parameters())
     for name in names:
         kept = local(parameters[name]).numel()
@@ -161,6 +184,15 @@ def _part(model: nn.Module, shards: dict[str, int], of_experts: bool) -> Part:
             layers[layer] = layers.get(layer, 0) + shards[name]
     total = sum(shards[name] for name in names)
     return Part(total, stored, max(layers.values(), default=0), sum(layers.values()), matrices)
+
+
+def _pipeline_ranks() -> list[int]:
+    """The pipeline rank of every rank."""
+    found = [0] * dist.get_world_size()
+    for rank, stage in enumerate(parallel_state.get_dense_mesh().mesh):
+        for one in stage.flatten().tolist():
+            found[one] = rank
+    return found
 
 
 def _layout_lines(run: RunConfig) -> Iterator[str]:
@@ -259,14 +291,43 @@ def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:
         "activations (estimate)": memory.activations,
         "sum": memory.total,
     }
-    unit, name_of_unit = (GIB, "GiB") if memory.total >= GIB else (MIB, "MiB")
+    yield from _table(rows)
+    yield "Not counted: temporary buffers, the loss of one chunk of tokens, the allocator's fragmentation."
+
+
+def _host_memory_lines(memories: list[Memory], rank: int, pipeline_ranks: Sequence[int]) -> Iterator[str]:
+    """What a pipeline rank has in the host's memory, and all ranks of a node; nothing where that is nothing.
+
+    Args:
+        memories: of a rank of each pipeline stage.
+        rank: the one with most.
+        pipeline_ranks: of all ranks of the run. Which of them share a node torchrun tells, if it is there.
+    """
+    memory = memories[rank]
+    if memory.host_total == 0:
+        return
+    rows = {
+        "optimizer state": memory.moments_on_host,
+        "activations (estimate)": memory.on_host,
+        "copy for --async-save": memory.saved_on_host,
+        "sum": memory.host_total,
+    }
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if each > 1:
+        nodes = [pipeline_ranks[begin : begin + each] for begin in range(0, len(pipeline_ranks), each)]
+        rows[f"sum of a node's {len(nodes[0])} ranks"] = max(
+            sum(memories[one].host_total for one in node) for node in nodes
+        )
+    yield from _table(rows)
+    more = "" if each > 0 else "; the other ranks of its node have as much"
+    yield f"Not counted: the processes themselves, data workers and their batches{more}."
+
+
+def _table(rows: dict[str, int]) -> Iterator[str]:
+    """Bytes by name, in one unit."""
+    unit, name_of_unit = (GIB, "GiB") if max(rows.values()) >= GIB else (MIB, "MiB")
     for name, size in rows.items():
         yield f"{name:<28} {size / unit:>10.3f} {name_of_unit}"
-    if memory.on_host:
-        yield f"{'activations on the host':<28} {memory.on_host / unit:>10.3f} {name_of_unit}"
-    if memory.moments_on_host:
-        yield f"{'optimizer state on the host':<28} {memory.moments_on_host / unit:>10.3f} {name_of_unit}"
-    yield "Not counted: temporary buffers, the loss of one chunk of tokens, the allocator's fragmentation."
 
 
 def _batch_lines(run: RunConfig) -> Iterator[str]:

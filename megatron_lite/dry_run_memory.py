@@ -55,6 +55,7 @@ class ModelSize:
         padding: how many of `total` belong to vocabulary entries that do not exist.
         dense: all that belongs to no routed expert, split over tensor and data (and context) parallel ranks.
         experts: the routed experts, split over expert, expert tensor and expert data parallel ranks.
+        moments_on_host: those of both whose moments the host keeps.
     """
 
     total: int
@@ -62,6 +63,7 @@ class ModelSize:
     padding: int
     dense: Part
     experts: Part = Part()
+    moments_on_host: Part = Part()
 
     @property
     def shard(self) -> int:
@@ -81,6 +83,7 @@ class Memory:
     Attributes:
         on_host: activations that wait in the host's memory (--cpu-offloading-num-layers).
         moments_on_host: optimizer state that the host keeps (--optimizer-cpu-offload).
+        saved_on_host: the copy of weights and optimizer state that is written in the background (--async-save).
     """
 
     master_weights: int
@@ -90,11 +93,17 @@ class Memory:
     activations: int
     on_host: int = 0
     moments_on_host: int = 0
+    saved_on_host: int = 0
 
     @property
     def total(self) -> int:
         """All of them on the device."""
         return self.master_weights + self.compute_weights + self.gradients + self.optimizer_state + self.activations
+
+    @property
+    def host_total(self) -> int:
+        """All of them in the host's memory."""
+        return self.on_host + self.moments_on_host + self.saved_on_host
 
 
 def expert_data_parallel_size(run: RunConfig) -> int:
@@ -112,9 +121,8 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
     Under optim, gradients of several micro-batches also wait whole for their one reduction. A rank that shares its part
     with none (data and context parallel, or expert data parallel) reduces nothing, and has a second copy of the weights
     only if it computes in another dtype than the masters': then one of all of them, made in the forward pass. Under
-    pipelining weights stay gathered and gradients whole during a step, whatever the strategy. The host keeps the
-    fraction of moments that is asked for; it may be a parameter more. What of them is on the device during the update
-    is not counted: activations are gone by then.
+    pipelining weights stay gathered and gradients whole during a step, whatever the strategy. What of the
+    host's moments is on the device during the update is not counted: activations are gone by then.
     """
     main = run.transformer.main_params_dtype.itemsize
     reduce = 2 if run.ddp.grad_reduce_in_bf16 else main
@@ -126,28 +134,37 @@ def memory_of(run: RunConfig, size: ModelSize, activations: int | None = None) -
     several = run.ddp.data_parallel_sharding_strategy == "optim" and micro_batches(run) > 1
     waits_whole = several or (_pipelined(run) and run.ddp.data_parallel_sharding_strategy != "no_shard")
     waiting = sum(part.shard for part, ranks in parts if waits_whole and ranks > 1)
-    moments = _optimizer_state(run, size)
-    moments_on_host = round(moments * run.optimizer.host_fraction)
+    moments = _optimizer_state(run, size.stored, size.dense.matrices + size.experts.matrices)
+    moments_on_host = _optimizer_state(run, size.moments_on_host.stored, size.moments_on_host.matrices)
+    weights, checkpoint = size.stored * main, run.checkpoint
+    saved = weights + moments * checkpoint.save_optim if checkpoint.async_save and checkpoint.save else 0
     return Memory(
-        master_weights=size.stored * main,
+        master_weights=weights,
         compute_weights=gathered * run.transformer.params_dtype.itemsize,
         gradients=size.stored * main + waiting * reduce,
         optimizer_state=moments - moments_on_host,
         activations=activation_bytes(run) if activations is None else activations,
         on_host=offloaded_bytes(run),
         moments_on_host=moments_on_host,
+        saved_on_host=saved,
     )
 
 
-def _optimizer_state(run: RunConfig, size: ModelSize) -> int:
-    """Bytes of moments: two of an element under Adam, one under SGD with momentum and Muon."""
+def _optimizer_state(run: RunConfig, stored: int, matrices: int) -> int:
+    """Bytes of moments: two of an element under Adam, one under SGD with momentum and Muon.
+
+    Args:
+        run: the optimizer and its dtypes.
+        stored: elements of parameters.
+        matrices: those of them that Muon updates, if it is the optimizer.
+    """
     config, main = run.optimizer, run.transformer.main_params_dtype
     if config.optimizer == "sgd":
-        return size.stored * main.itemsize * int(config.sgd_momentum > 0)
-    by_muon = size.dense.matrices + size.experts.matrices if config.optimizer == "muon" else 0
+        return stored * main.itemsize * int(config.sgd_momentum > 0)
+    by_muon = matrices if config.optimizer == "muon" else 0
     names = (config.exp_avg_dtype, config.exp_avg_sq_dtype)
     both = sum(moment_dtype(name, main).itemsize for name in names)
-    return by_muon * main.itemsize + (size.stored - by_muon) * both
+    return by_muon * main.itemsize + (stored - by_muon) * both
 
 
 def _gathered(run: RunConfig, part: Part, ranks: int) -> int:
@@ -210,7 +227,7 @@ def _activations(run: RunConfig, held: Sequence[int], depths: int) -> tuple[int,
 
 
 def offloaded_bytes(run: RunConfig) -> int:
-    """Bytes of activations that wait in the host's memory."""
+    """Bytes of activations that wait in the host's memory: one micro-batch's, as pipelines cannot have them there."""
     c = run.transformer
     everything = dataclasses.replace(c, cpu_offloading_num_layers=0)
     return _activations(dataclasses.replace(run, transformer=everything), range(c.cpu_offloading_num_layers), 0)[0]

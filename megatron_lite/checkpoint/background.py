@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.checkpoint.agreement import world
 from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.pinned_memory import host_tensors
 
 
 class BackgroundSaver:
@@ -40,12 +41,16 @@ class BackgroundSaver:
         """Copies in host memory, split over ranks as the tensors are, good until the next ones are asked for.
 
         The memory is kept for the next save. Where there is a GPU it is pinned, and all copies travel at once.
+
+        Raises:
+            ConfigError: there is no memory for them.
         """
         with_gpu = torch.cuda.is_available()
+        if any(not _fits(self._buffers.get(name), tensor) for name, tensor in tensors.items()):
+            self._buffers = {}  # before memory is taken for others
+            like = {name: (tensor, tensor.dtype) for name, tensor in tensors.items()}
+            self._buffers = host_tensors(like, pinned=with_gpu)
         for name, tensor in tensors.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=with_gpu)
             self._buffers[name].copy_(tensor, non_blocking=True)
         if with_gpu:
             torch.cuda.synchronize()
@@ -90,3 +95,7 @@ class BackgroundSaver:
         """Let the thread and its group go; a save under way is finished, but nobody hears how."""
         self._thread.shutdown(wait=True)
         self.group = None
+
+
+def _fits(buffer: Tensor | None, tensor: Tensor) -> bool:
+    return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype

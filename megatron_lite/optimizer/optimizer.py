@@ -27,6 +27,7 @@ from megatron_lite.optimizer.muon import Matrix, muon
 from megatron_lite.optimizer.param_groups import get_param_groups
 from megatron_lite.optimizer.sgd import fused_sgd
 from megatron_lite.optimizer.whole_matrices import matrix_splits
+from megatron_lite.pinned_memory import host_tensors
 from megatron_lite.tensor_parallel.parameters import ParameterSpec, local, named_parameter_specs
 
 
@@ -96,28 +97,46 @@ class MegatronOptimizer:
         }
         elements = {name: shard.numel() for name, shard in shards.items()}
         self._on_host = names_on_host(elements, config.host_fraction)
-        self._laid_out = {
-            name: self._initial_state(group["optimizer"], name)
+        moments = {
+            name: self._moment_dtypes(group["optimizer"], parameter)
             for group in self.param_groups
-            for name in group["names"]
+            for name, parameter in zip(group["names"], group["params"], strict=True)
         }
+        self._laid_out = self._initial_state(moments)
         self.state = {name: {key: local(one) for key, one in state.items()} for name, state in self._laid_out.items()}
 
-    def _initial_state(self, optimizer: str, name: str) -> dict[str, Tensor]:
-        """Laid out like the parameter. Zeros from the start, so that a fresh optimizer can be loaded into."""
-        config, parameter, on_host = self.config, self.named_parameters[name], name in self._on_host
+    def _moment_dtypes(self, optimizer: str, parameter: Tensor) -> dict[str, torch.dtype]:
+        config, main = self.config, parameter.dtype
         if not config.has_moments:
             return {}
         if optimizer in ("sgd", "muon"):
-            return {"momentum_buffer": zeros_like_parameter(parameter, parameter.dtype, on_host)}
-        mean, square = (
-            moment_dtype(dtype, parameter.dtype) for dtype in (config.exp_avg_dtype, config.exp_avg_sq_dtype)
-        )
+            return {"momentum_buffer": main}
         return {
-            "step": torch.zeros((), dtype=torch.float32, device=self.device),
-            "exp_avg": zeros_like_parameter(parameter, mean, on_host),
-            "exp_avg_sq": zeros_like_parameter(parameter, square, on_host),
+            "exp_avg": moment_dtype(config.exp_avg_dtype, main),
+            "exp_avg_sq": moment_dtype(config.exp_avg_sq_dtype, main),
         }
+
+    def _initial_state(self, moments: Mapping[str, Mapping[str, torch.dtype]]) -> dict[str, dict[str, Tensor]]:
+        """Laid out like the parameters. Zeros from the start, so that a fresh optimizer can be loaded into."""
+        parameters = self.named_parameters
+        on_host = host_tensors(
+            {
+                f"{name}.{key}": (parameters[name], dtype)
+                for name, dtypes in moments.items()
+                if name in self._on_host
+                for key, dtype in dtypes.items()
+            },
+            pinned=self.device.type == "cuda",
+        )
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, dtypes in moments.items():
+            state[name] = {}
+            if "exp_avg" in dtypes:
+                state[name]["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+            for key, dtype in dtypes.items():
+                kept = on_host.get(f"{name}.{key}")
+                state[name][key] = zeros_like_parameter(parameters[name], dtype) if kept is None else kept
+        return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; `set_to_none=False` fills them with zeros."""
@@ -266,14 +285,9 @@ class MegatronOptimizer:
                 self.state[name][key].copy_(value)
 
 
-def zeros_like_parameter(parameter: Tensor, dtype: torch.dtype, on_host: bool) -> Tensor:
-    """A DTensor with the mesh, placements and global shape of `parameter`, or a plain tensor like it.
-
-    Where the host keeps it, this rank's shard is in the host's memory, pinned if the parameter is on a GPU.
-    """
-    if not on_host:
-        return torch.zeros_like(parameter.detach(), dtype=dtype)
-    return torch.zeros_like(parameter.detach(), dtype=dtype, device="cpu", pin_memory=parameter.is_cuda)
+def zeros_like_parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A DTensor with the mesh, placements and global shape of `parameter`, or a plain tensor like it."""
+    return torch.zeros_like(parameter.detach(), dtype=dtype)
 
 
 def _build_grad_scaler(config: OptimizerConfig, device: torch.device) -> ConstantGradScaler | None:

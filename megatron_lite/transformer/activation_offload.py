@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from megatron_lite.host_copies import beside
+from megatron_lite.pinned_memory import HostBytes
 from megatron_lite.tensor_parallel.parameters import local
 
 SMALLEST_BYTES = 1 << 20
@@ -31,25 +32,24 @@ SMALLEST_BYTES = 1 << 20
 
 
 class Storage:
-    """The bytes of one storage, on the device, on the host, or on both while they travel; uint8 [bytes] each."""
+    """The bytes of one storage, on the device (uint8 [bytes]), on the host, or on both while they travel."""
 
     def __init__(self, device_copy: Tensor) -> None:
-        self.device = device_copy.device
+        self.device, self.bytes = device_copy.device, len(device_copy)
         self.device_copy: Tensor | None = device_copy
-        self.host_copy: Tensor | None = None
+        self.host_copy: HostBytes | None = None
 
     def send(self) -> None:
         """Begin to copy to the host."""
         assert self.device_copy is not None, "what has been sent was on the device"
-        on_gpu = self.device.type == "cuda"
-        self.host_copy = torch.empty_like(self.device_copy, device="cpu", pin_memory=on_gpu)
-        self.host_copy.copy_(self.device_copy, non_blocking=True)
+        self.host_copy = HostBytes(self.bytes, self.device)
+        self.host_copy.copy_from(self.device_copy)
 
     def fetch(self) -> None:
         """Begin to copy to the device, into memory that is there."""
         assert self.device_copy is not None, "there is room"
         assert self.host_copy is not None, "it was sent"
-        self.device_copy.copy_(self.host_copy, non_blocking=True)
+        self.host_copy.copy_to(self.device_copy)
 
 
 class SavedView:
@@ -135,7 +135,7 @@ class LayerActivations:
         storages = list(self._sent)
         for storage in storages:
             # Memory of the main stream, so that it is free for others when autograd lets go of it.
-            storage.device_copy = torch.empty(storage.host_copy.shape, dtype=torch.uint8, device=storage.device)  # type: ignore[union-attr]
+            storage.device_copy = torch.empty(storage.bytes, dtype=torch.uint8, device=storage.device)
         self._copied = _copy_beside(storages, Storage.fetch)
         self._is_back = True
 
@@ -187,7 +187,7 @@ def _before_backward(previous: LayerActivations, gradient: Tensor) -> None:
 
 
 def _copy_beside(storages: Iterable[Storage], copy: Callable[[Storage], None]) -> torch.cuda.Event | None:
-    """Copy all of them, one way or the other."""
+    """Copy all of them, one way or the other: on one stream for both ways, as `HostBytes` asks."""
     todo = list(storages)
 
     def copy_all() -> None:

@@ -423,7 +423,7 @@ def local_moments():
     return mock.patch.object(
         optimizer_module,
         "zeros_like_parameter",
-        lambda parameter, dtype, on_host: torch.zeros_like(local(parameter.detach()), dtype=dtype),
+        lambda parameter, dtype: torch.zeros_like(local(parameter.detach()), dtype=dtype),
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite import parallel_state
+from megatron_lite import parallel_state, pinned_memory
 from megatron_lite.arguments import RunConfig, parse_args
-from megatron_lite.dry_run import describe, dry_run
+from megatron_lite.checkpoint import BackgroundSaver, checkpointing
+from megatron_lite.dry_run import describe, dry_run, estimated_memory, memories_of_pipeline
 from megatron_lite.dry_run_memory import (
     ModelSize,
     Part,
@@ -22,6 +23,7 @@ from megatron_lite.dry_run_memory import (
     offloaded_bytes,
 )
 from megatron_lite.errors import ConfigError
+from megatron_lite.optimizer import get_megatron_optimizer
 from megatron_lite.training.setup import build_model
 from megatron_lite.transformer import activation_offload
 from megatron_lite.transformer.multi_latent_attention import MLASelfAttention
@@ -338,21 +340,98 @@ def test_muons_matrices_are_counted() -> None:
 
 @pytest.mark.parametrize(("words", "each"), [([], 8), (["--optimizer", "sgd"], 4)])
 def test_moments_on_the_host(words: list[str], each: int) -> None:
-    """They move from one line of the table to another. Mutations: all of them whatever the fraction; none."""
-    size = ModelSize(total=1000, active=1000, padding=0, dense=Part(1000, 1000, 0, 0))
-    plain = memory_of(run_of("quickstart", 1, *words), size)
-    assert (plain.optimizer_state, plain.moments_on_host) == (1000 * each, 0)
-    for fraction in (1.0, 0.25):
-        host = ["--optimizer-cpu-offload", "--optimizer-offload-fraction", str(fraction)]
+    """They move from the device's table to the host's. Mutations: all of them whatever the fraction; none."""
+    host = ["--optimizer-cpu-offload"]
+    for some in (0, 250, 1000):
+        size = ModelSize(1000, 1000, 0, dense=Part(1000, 1000), moments_on_host=Part(some, some))
         memory = memory_of(run_of("quickstart", 1, *words, *host), size)
-        assert (memory.optimizer_state, memory.moments_on_host) == (
-            1000 * each * (1 - fraction),
-            1000 * each * fraction,
+        assert (memory.optimizer_state, memory.moments_on_host) == ((1000 - some) * each, some * each)
+        assert memory.host_total == memory.moments_on_host
+    report = describe(run_of("quickstart", 1, *words, *host))
+    on_device, on_host = report.split("Host memory of rank 0")
+    whole = number_after(report, "whole model:") * each / 2**20
+    assert f"{whole:.3f} MiB" in on_host.split("optimizer state")[1].splitlines()[0]
+    assert " 0.000 MiB" in on_device.split("optimizer state")[1].splitlines()[0]
+    for without in ([], ["--optimizer-offload-fraction", "0.5"]):
+        assert "Host memory" not in describe(run_of("quickstart", 1, *words, *without))
+
+
+SMALL = """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --vocab-size 64 --mock-data --lr 1
+    --tokenizer-type NullTokenizer --micro-batch-size 2 --train-iters 1 --dry-run --save folder --save-interval 1
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--bf16",
+        "--optimizer-offload-fraction 0.5 --num-experts 2 --untie-embeddings-and-output-weights",
+        "--optimizer muon --optimizer-offload-fraction 0.4",
+        "--optimizer sgd --no-save-optim",
+    ],
+)
+def test_memory_of_the_host_is_what_is_taken(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By moments, and by the copy of a save. What fills up to 256 bytes after each tensor is not counted.
+
+    Mutations: the fraction of all elements, without the rest of the last parameter; the copy without moments on the
+    host; with an optimizer that is not saved.
+    """
+    taken: list[int] = []
+    take = pinned_memory._mapping
+    monkeypatch.setattr(pinned_memory, "_mapping", lambda size, pinned: (taken.append(size), take(size, pinned))[1])
+    run = parse_args([*SMALL.split(), "--optimizer-cpu-offload", "--async-save", *words.split()])
+    memory = estimated_memory(run)
+    parallel_state.initialize_model_parallel()
+    try:
+        chunks = build_model(
+            run.transformer,
+            run.gpt,
+            run.ddp,
+            vocab_size=64,
+            max_sequence_length=16,
+            device=torch.device("cpu"),
+            seed=1,
         )
-        assert memory.total == plain.total - memory.moments_on_host
-    assert "optimizer state on the host" in describe(run_of("quickstart", 1, *words, "--optimizer-cpu-offload"))
-    assert "on the host" not in describe(run_of("quickstart", 1, *words))
-    assert memory_of(run_of("quickstart", 1, "--optimizer-offload-fraction", "0.5"), size).moments_on_host == 0
+        optimizer = get_megatron_optimizer(run.optimizer, chunks)
+        saved = checkpointing._tensors_to_save(chunks, optimizer if run.checkpoint.save_optim else None, save_rng=False)
+        saver = BackgroundSaver()
+        saver.copies(saved)
+        saver.close()
+    finally:
+        parallel_state.shutdown()
+    of_moments, of_save = taken
+    filling = pinned_memory.ALIGNMENT * len(optimizer.state_dict())
+    assert 0 <= of_moments - memory.moments_on_host < filling
+    assert 0 <= of_save - memory.saved_on_host < filling + pinned_memory.ALIGNMENT * len(saved)
+    assert memory.moments_on_host > 10 * filling
+    assert memory.host_total == memory.moments_on_host + memory.saved_on_host
+
+
+def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torchrun says how many there are. Nodes of 4 ranks have both stages, at 2 ranks a stage, or all of one.
+
+    Mutations: the fullest rank times 4; the first node; a rank's stage by its number modulo 2.
+    """
+    words = "--pipeline-model-parallel-size 2 --global-batch-size 32 --optimizer-cpu-offload --async-save --save x"
+    words += " --save-interval 1 --data-parallel-sharding-strategy no_shard --decoder-first-pipeline-num-layers 1"
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def told(world: int) -> list[float]:
+        """Of the fullest rank, and of its node."""
+        report = describe(run_of("quickstart", world, *words.split()))
+        lines = report.split("Host memory of pipeline rank 1, the fullest")[1].split("Not counted")[0].splitlines()
+        return [float(line.split()[-2]) for line in lines if "sum" in line]
+
+    (most,) = told(4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    run = run_of("quickstart", 4, *words.split())
+    sizes = [memory.host_total / 2**20 for memory in memories_of_pipeline(run)]
+    assert sizes[1] == pytest.approx(most, abs=1e-3)
+    assert sizes[0] < 0.99 * sizes[1]
+    assert told(4) == pytest.approx([most, 2 * sum(sizes)], abs=2e-3)
+    assert told(8) == pytest.approx([most, 4 * sizes[1]], abs=2e-3)
 
 
 def test_activations_by_the_formula() -> None:
@@ -559,8 +638,8 @@ def test_activations_on_the_host() -> None:
         run = run_of("quickstart", 1, "--cpu-offloading-num-layers", str(number))
         assert activation_bytes(run) == here * layer
         assert offloaded_bytes(run) == number * layer
-        report = describe(run)
-        assert float(report.split("activations on the host")[1].split()[0]) == pytest.approx(
+        of_host = describe(run).split("Host memory of rank 0")[1]
+        assert float(of_host.split("activations (estimate)")[1].split()[0]) == pytest.approx(
             number * layer / 2**20, 1e-3
         )
-    assert "on the host" not in describe(run_of("quickstart", 1))
+    assert "Host memory" not in describe(run_of("quickstart", 1))

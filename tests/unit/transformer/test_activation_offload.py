@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_lite import parallel_state
+from megatron_lite import parallel_state, pinned_memory
 from megatron_lite.arguments import parse_args
 from megatron_lite.errors import ConfigError
 from megatron_lite.tensor_parallel.parameters import local
@@ -113,6 +113,34 @@ def test_the_device_holds_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     loss.sum().backward()
     assert max(held) == 2
     assert [len(layer._sent) for layer in layers] == [0] * 5
+
+
+def test_the_next_micro_batch_takes_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: the host does not wait for the device, and torch's allocator would give it as much again.
+
+    That is right as long as one stream makes all copies of both ways, in turn. Mutations: a stream for each way; room
+    that is torch's; a storage held longer than its backward.
+    """
+    pinned_memory._free_pieces.cache_clear()
+    made, streams = [], set()
+    make, beside = pinned_memory._piece, activation_offload.beside
+
+    def counted(size: int, device: torch.device) -> Tensor:
+        made.append(size)
+        return make(size, device)
+
+    def named(device: torch.device, copy: Callable[[], None], which: str) -> None:
+        streams.add(which)
+        beside(device, copy, which)
+
+    monkeypatch.setattr(pinned_memory, "_piece", counted)
+    monkeypatch.setattr(activation_offload, "beside", named)
+    gradients(Layout(layers=4), 3)
+    taken = len(made)
+    assert taken > 20
+    gradients(Layout(layers=4, accumulation=3), 3)
+    assert len(made) == taken
+    assert streams == {"activations"}
 
 
 def packed(
