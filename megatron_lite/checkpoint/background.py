@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.checkpoint.agreement import world
 from megatron_lite.checkpoint.errors import CheckpointError
+from megatron_lite.process_groups import computes_on_gpu
 
 
 class BackgroundSaver:
@@ -39,9 +40,9 @@ class BackgroundSaver:
     def copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, split over ranks as the tensors are, good until the next ones are asked for.
 
-        The memory is kept for the next save. Where there is a GPU it is pinned, and all copies travel at once.
+        The memory is kept for the next save. In a run on a GPU it is pinned, and all copies travel at once.
         """
-        with_gpu = torch.cuda.is_available()
+        with_gpu = computes_on_gpu()
         for name, tensor in tensors.items():
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
