@@ -153,7 +153,7 @@ def test_states_of_cpus_leave_the_streams_of_a_gpu_as_they_are(monkeypatch: pyte
     assert draw() == expected
 
 
-def test_a_gpu_continues_a_run_on_a_gpu(
+def test_every_stream_of_a_gpu_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Mutations: a stream of the GPU that is not saved, or not restored."""
@@ -169,8 +169,8 @@ def test_a_gpu_continues_a_run_on_a_gpu(
     assert "seeded anew" not in capsys.readouterr().out
 
 
-def test_cpus_continue_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They leave its streams alone: torch would keep every state it is given for the GPU that is not there.
+def test_the_states_of_a_gpu_are_left_out_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would keep every state it is given for the GPU that is not there, or make a context on one not in use.
 
     Mutations: the streams of the GPU set all the same, default or tracked; kept for the next checkpoint.
     """
