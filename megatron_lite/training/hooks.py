@@ -115,7 +115,7 @@ class Profiler(Hook):
 
 
 class MemorySnapshot(Hook):
-    """Records CUDA allocations, the last of them, until torch's snapshot file is written at the profiled iterations' end.
+    """Records CUDA allocations, the last of them, and writes torch's snapshot file when the profiled iterations end.
 
     Each profiled rank (`--profile-ranks`, else 0) writes a file of its own: all but rank 0 with their number added.
     """
