@@ -53,7 +53,7 @@ def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | Non
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
-    use_cuda = torch.cuda.is_available()
+    use_cuda = torch.cuda.is_available() and backend != "gloo"
     if use_cuda:
         torch.cuda.set_device(local_cuda_device())
     backend = GLOO_ON_GPU if backend == "cuda:gloo" else backend or ("nccl" if use_cuda else "gloo")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -24,6 +25,14 @@ def group_rank(group: ProcessGroup | None) -> int:
 def device_type_of(group: ProcessGroup | None = None) -> str:
     """ "cuda" where the tensors that a group (default: of all ranks) exchanges are on GPUs, else "cpu"."""
     return "cuda" if dist.get_backend(group) in ("nccl", GLOO_ON_GPU) else "cpu"
+
+
+def computes_on_gpu() -> bool:
+    """Whether this process computes on a GPU: where its ranks exchange tensors; without ranks, wherever there is one.
+
+    What asks for a GPU that the machine has, and the run does not use, makes a context there, some 500 MB a process.
+    """
+    return device_type_of() == "cuda" if dist.is_initialized() else torch.cuda.is_available()
 
 
 @dataclass

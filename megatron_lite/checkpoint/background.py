@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from megatron_lite.checkpoint.agreement import world
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.pinned_memory import host_tensors
+from megatron_lite.process_groups import computes_on_gpu
 
 
 class BackgroundSaver:
@@ -40,12 +41,12 @@ class BackgroundSaver:
     def copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, split over ranks as the tensors are, good until the next ones are asked for.
 
-        The memory is kept for the next save. Where there is a GPU it is pinned, and all copies travel at once.
+        The memory is kept for the next save. In a run on a GPU it is pinned, and all copies travel at once.
 
         Raises:
             ConfigError: there is no memory for them.
         """
-        with_gpu = torch.cuda.is_available()
+        with_gpu = computes_on_gpu()
         if any(not _fits(self._buffers.get(name), tensor) for name, tensor in tensors.items()):
             self._buffers = {}  # before memory is taken for others
             like = {name: (tensor, tensor.dtype) for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_lite.process_groups import computes_on_gpu
 from megatron_lite.tensor_parallel.random import RNGState, get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 _TRACKER = "tracker"
@@ -24,7 +25,7 @@ def get_rng_state() -> dict[str, Tensor]:
         "numpy": _text(json.dumps([numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]])),  # type: ignore
         "torch_cpu": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if computes_on_gpu():
         states["torch_cuda"] = torch.cuda.get_rng_state()
     for name, state in get_cuda_rng_tracker().get_states().items():
         states[f"{_TRACKER}.{name}.cpu"] = state.cpu
@@ -34,13 +35,17 @@ def get_rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(states: dict[str, Tensor]) -> None:
-    """Continue every stream where `get_rng_state` found it; streams that are not named go on as they are."""
+    """Continue every stream where `get_rng_state` found it; streams that are not named go on as they are.
+
+    Those of a GPU are left out where this run computes on none.
+    """
     version, internal, gauss_next = json.loads(_bytes(states["python"]))
     random.setstate((version, tuple(internal), gauss_next))
     generator, keys, *rest = json.loads(_bytes(states["numpy"]))
     np.random.set_state((generator, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch_cpu"])
-    if "torch_cuda" in states:
+    on_gpu = computes_on_gpu()
+    if on_gpu and "torch_cuda" in states:
         torch.cuda.set_rng_state(states["torch_cuda"])
     tracker = get_cuda_rng_tracker()
     tracked = tracker.get_states()
@@ -48,12 +53,13 @@ def set_rng_state(states: dict[str, Tensor]) -> None:
         kind, _, name = key.partition(".")
         if kind == _TRACKER and name.endswith(".cpu"):
             name = name.removesuffix(".cpu")
-            tracked[name] = RNGState(state, states.get(f"{_TRACKER}.{name}.cuda"))
+            fresh = tracked[name].cuda if name in tracked else None
+            tracked[name] = RNGState(state, states.get(f"{_TRACKER}.{name}.cuda", fresh) if on_gpu else None)
     tracker.set_states(tracked)
 
 
 def reseed(seed: int, iteration: int) -> int:
-    """Fresh streams for a run that continues at another layout; they repeat nothing the run has drawn before.
+    """Fresh streams for a run that continues at another layout or device; they repeat nothing it has drawn before.
 
     Args:
         seed: the run's seed, equal on every rank.

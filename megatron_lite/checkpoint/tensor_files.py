@@ -42,6 +42,9 @@ def write_tensors(
     # Flat names need no mapping back to nested dictionaries, which DCP would add to the metadata.
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False) if make is None else _Maker(make)
     writer = _Writer(folder, single_file_per_rank=make is None)
+    if not any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        # Nothing to copy from a GPU: for that DCP waits for the stream, or makes a context where the run uses no GPU.
+        writer.per_thread_copy_ahead = 0
     rank, size = world()
     with _plain_dcp(what):
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=size == 1)

@@ -12,6 +12,7 @@ import torch
 
 from megatron_lite.datasets.samplers import MegatronPretrainingRandomSampler, MegatronPretrainingSampler
 from megatron_lite.errors import ConfigError
+from megatron_lite.process_groups import computes_on_gpu
 
 DATALOADER_TYPES = ("single", "cyclic")
 
@@ -29,8 +30,8 @@ def build_pretraining_data_loader(
 ) -> torch.utils.data.DataLoader[Any] | None:
     """A loader of micro-batches that begins after `consumed_samples` samples of the whole run.
 
-    The batches, dicts of [b, ...] tensors, are the same for every number of workers. They lie in pinned memory if there
-    is a GPU to copy them to.
+    The batches, dicts of [b, ...] tensors, are the same for every number of workers. They lie in pinned memory in
+    a run on a GPU.
 
     Args:
         dataset: what to load; None or an empty one gives None.
@@ -60,7 +61,7 @@ def build_pretraining_data_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=computes_on_gpu(),
         persistent_workers=num_workers > 0,
         # The seed of the workers, which draw nothing. Without a generator of its own the loader would take it from the
         # training's stream, and a resumed run, which makes a new loader, would differ from an uninterrupted one.

@@ -29,7 +29,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from megatron_lite.gradient_pass import computes
-from megatron_lite.process_groups import group_size
+from megatron_lite.process_groups import computes_on_gpu, group_size
 from megatron_lite.tensor_parallel import collectives
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "hybrid": torch.float8_e5m2}
@@ -64,8 +64,8 @@ class Quantized(NamedTuple):
 
 
 def has_fp8_kernels() -> bool:
-    """Whether this process's GPU multiplies fp8 (compute capability 8.9, so Ada, Hopper and later)."""
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    """Whether the GPU this process computes on multiplies fp8 (compute capability 8.9, so Ada, Hopper and later)."""
+    if not computes_on_gpu() or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability() >= (8, 9)
 

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
-from megatron_lite.process_groups import group_rank, group_size
+from megatron_lite.process_groups import computes_on_gpu, group_rank, group_size
 from megatron_lite.tensor_parallel.mappings import (
     default_group,
     gather_from_sequence_parallel_region,
@@ -33,19 +33,19 @@ _STAGE_STRIDE = 10_000
 
 
 class RNGState(NamedTuple):
-    """State of the generators layers draw from: the CPU's, and the current GPU's where there is one."""
+    """State of the generators layers draw from: the CPU's, and the current GPU's where the run computes on one."""
 
     cpu: Tensor
     cuda: Tensor | None
 
 
 def _get_state() -> RNGState:
-    return RNGState(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+    return RNGState(torch.get_rng_state(), torch.cuda.get_rng_state() if computes_on_gpu() else None)
 
 
 def _set_state(state: RNGState) -> None:
     torch.set_rng_state(state.cpu)
-    if state.cuda is not None:
+    if state.cuda is not None and computes_on_gpu():
         torch.cuda.set_rng_state(state.cuda)
 
 

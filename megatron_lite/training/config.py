@@ -190,7 +190,9 @@ class ProfilingConfig(Validated):
     )
     pytorch_profiler_collect_shapes: bool = knob(False, "Record tensor shapes in the torch.profiler trace.")
     pytorch_profiler_collect_callstack: bool = knob(False, "Record Python stacks in the torch.profiler trace.")
-    record_memory_history: bool = knob(False, "Record CUDA allocations and write a snapshot when profiling ends.")
+    record_memory_history: bool = knob(
+        False, "Record CUDA allocations, the last 100,000 events, and write a snapshot when profiling ends."
+    )
     memory_snapshot_path: str = knob("snapshot.pickle", "File of the memory snapshot.")
 
     def violations(self) -> list[str]:

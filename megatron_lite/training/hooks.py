@@ -10,7 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lite.process_groups import computes_on_gpu
 from megatron_lite.training.config import ProfilingConfig, TrainingConfig
+
+# Events of the allocator that a memory snapshot holds, the last ones, of some KB each. A step of a large model
+# has tens of thousands; without a bound they pile up as long as they are recorded.
+_MEMORY_EVENTS = 100_000
 
 
 class Hook:
@@ -60,18 +65,23 @@ class Profiler(Hook):
         self.folder = folder
         self.rank = dist.get_rank()
         self._profile: Any = None
+        self._in_range = False
         self._started = self.rank not in (config.profile_ranks or [0])
 
     def before_step(self, iteration: int) -> None:
-        """Start at `--profile-step-start`."""
+        """Start at `--profile-step-start`, when the GPU has done all that was queued before."""
         if iteration != self.config.profile_step_start or self.rank not in (self.config.profile_ranks or [0]):
             return
         self._started = True
-        if torch.cuda.is_available() and not self.config.use_pytorch_profiler:
+        on_gpu = computes_on_gpu()
+        if on_gpu:
+            torch.cuda.synchronize()
+        if on_gpu and not self.config.use_pytorch_profiler:
             torch.cuda.cudart().cudaProfilerStart()
+            self._in_range = True
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(
             activities=activities,
@@ -81,12 +91,14 @@ class Profiler(Hook):
         self._profile.__enter__()
 
     def after_step(self, iteration: int) -> None:
-        """Stop before `--profile-step-end`."""
+        """Stop before `--profile-step-end`, when the GPU has done the last profiled iteration."""
         if iteration == self.config.profile_step_end - 1:
+            if self._in_range:
+                torch.cuda.synchronize()  # not in close(): after an error it may never return
             self.close()
 
     def close(self) -> None:
-        """Write the trace, if one is being taken; say so if none ever was."""
+        """Write the trace, or end the range for nsys, if there is one; say so if there never was."""
         if not self._started:
             print(f"nothing was profiled: no iteration {self.config.profile_step_start} was run", flush=True)
             self._started = True
@@ -97,12 +109,13 @@ class Profiler(Hook):
             self._profile.export_chrome_trace(str(path))
             print(f"profile of rank {self.rank}: {path} (open it in chrome://tracing or Perfetto)", flush=True)
             self._profile = None
-        elif torch.cuda.is_available() and self.config.profile and not self.config.use_pytorch_profiler:
+        if self._in_range:
             torch.cuda.cudart().cudaProfilerStop()
+            self._in_range = False
 
 
 class MemorySnapshot(Hook):
-    """Records CUDA allocations and writes torch's snapshot file when the profiled iterations end.
+    """Records CUDA allocations, the last of them, and writes torch's snapshot file when the profiled iterations end.
 
     Each profiled rank (`--profile-ranks`, else 0) writes a file of its own: all but rank 0 with their number added.
     """
@@ -112,7 +125,7 @@ class MemorySnapshot(Hook):
         self.config = config
         self._path = path if rank == 0 else path.with_stem(f"{path.stem}_rank{rank}")
         self._written = False
-        torch.cuda.memory._record_memory_history()
+        torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
 
     def after_step(self, iteration: int) -> None:
         """Write after the last profiled iteration."""
@@ -120,10 +133,11 @@ class MemorySnapshot(Hook):
             self.close()
 
     def close(self) -> None:
-        """Write the snapshot once."""
+        """Write the snapshot once, and record no more."""
         if not self._written:
-            torch.cuda.memory._dump_snapshot(str(self._path))
             self._written = True
+            torch.cuda.memory._dump_snapshot(str(self._path))
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def build_hooks(training: TrainingConfig, profiling: ProfilingConfig, folder: Path) -> list[Hook]:
@@ -134,6 +148,6 @@ def build_hooks(training: TrainingConfig, profiling: ProfilingConfig, folder: Pa
     if profiling.profile:
         hooks.append(Profiler(profiling, folder))
     profiled = dist.get_rank() in (profiling.profile_ranks or [0])
-    if profiling.record_memory_history and profiled and torch.cuda.is_available():
+    if profiling.record_memory_history and profiled and computes_on_gpu():
         hooks.append(MemorySnapshot(profiling))
     return hooks

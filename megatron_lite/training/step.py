@@ -194,7 +194,7 @@ def forward_backward(
     auxiliary_losses.begin_step(optimizer.get_loss_scale().double() / (len(micro_batches) * data_parallel_size))
     factors = torch.ones(1 + len(mtp_loss_weights), dtype=torch.float64, device=optimizer.device)
     for depth, factor in enumerate(mtp_loss_weights, start=1):
-        factors[depth] = factor
+        factors[depth].fill_(factor)  # `factors[depth] = factor` would copy from the host, which waits for a GPU
     sums = torch.zeros_like(factors)
     total_tokens, weights = sums.clone(), []
     if holds_loss(chunks):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+import megatron_lite.checkpoint.rng
+import megatron_lite.tensor_parallel.random
 from megatron_lite.checkpoint import (
     CheckpointError,
     CheckpointState,
@@ -25,6 +27,7 @@ from megatron_lite.checkpoint import (
     save_checkpoint,
 )
 from megatron_lite.checkpoint.model_state import compare_names_and_shapes
+from megatron_lite.checkpoint.rng import get_rng_state, set_rng_state
 from megatron_lite.checkpoint.safe_reader import read_metadata, tensor_shapes
 from megatron_lite.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from tests.unit.checkpoint.tiny import TinyModel, TinyOptimizer, equal, fill, snapshot
@@ -108,6 +111,83 @@ def test_every_random_stream_continues(tmp_path: Path) -> None:
     assert [draw(), draw()] == expected
 
 
+class StandIn:
+    """A GPU's generator in a process without one. The run computes on it where `used` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used = False
+        self.generator = torch.Generator()
+        of_cpu = torch.manual_seed
+
+        def manual_seed(seed: int) -> torch.Generator:
+            self.generator.manual_seed(seed)
+            return of_cpu(seed)
+
+        monkeypatch.setattr(torch, "manual_seed", manual_seed)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", self.generator.get_state)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.generator.set_state)
+        for module in (megatron_lite.checkpoint.rng, megatron_lite.tensor_parallel.random):
+            monkeypatch.setattr(module, "computes_on_gpu", lambda: self.used)
+
+    def draw(self) -> list[float]:
+        """Numbers of the default stream and of the model-parallel one."""
+        with get_cuda_rng_tracker().fork():
+            tracked = torch.rand((), generator=self.generator).item()
+        return [torch.rand((), generator=self.generator).item(), tracked]
+
+
+def test_states_of_cpus_leave_the_streams_of_a_gpu_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: streams of the tracker without the GPU's part, which draw from the default one and rewind it."""
+    gpu = StandIn(monkeypatch)
+    seed_all(7)
+    states = get_rng_state()
+    expected = draw()
+    gpu.used = True
+    seed_all(5)
+    numbers = gpu.draw() + gpu.draw()
+    assert len(set(numbers)) == 4
+    seed_all(5)
+    set_rng_state(states)
+    assert gpu.draw() + gpu.draw() == numbers
+    set_rng_state(states)
+    assert draw() == expected
+
+
+def test_every_stream_of_a_gpu_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutations: a stream of the GPU that is not saved, or not restored."""
+    gpu = StandIn(monkeypatch)
+    gpu.used = True
+    seed_all(5)
+    gpu.draw()
+    save(tmp_path, 1, 0.0)
+    expected = gpu.draw(), draw()
+    seed_all(7)
+    load(tmp_path)
+    assert (gpu.draw(), draw()) == expected
+    assert "seeded anew" not in capsys.readouterr().out
+
+
+def test_the_states_of_a_gpu_are_left_out_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would keep every state it is given for the GPU that is not there, or make a context on one not in use.
+
+    Mutations: the streams of the GPU set all the same, default or tracked; kept for the next checkpoint.
+    """
+    with monkeypatch.context() as patch:
+        gpu = StandIn(patch)
+        gpu.used = True
+        seed_all(5)
+        save(tmp_path, 1, 0.0)
+        expected = draw()
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: pytest.fail("a state set, or kept, for a GPU"))
+    load(tmp_path)
+    save(tmp_path / "next", 1, 0.0)
+    assert draw() == expected
+    stored = tensor_shapes(read_metadata(tmp_path / "next" / "iter_0000001"))
+    assert not [name for name in stored if "cuda" in name]
+
+
 def test_saving_draws_nothing(tmp_path: Path) -> None:
     seed_all(5)
     expected = draw()
@@ -121,7 +201,7 @@ def test_another_layout_seeds_the_streams_anew_and_says_so(tmp_path: Path, capsy
     save(tmp_path, 1, 0.0)
     path = tmp_path / "iter_0000001" / "common.json"
     common = json.loads(path.read_text())
-    common["layout"] |= {"world_size": 4, "tp": 2}
+    common["layout"] |= {"device": "cuda", "world_size": 4, "tp": 2}
     path.write_text(json.dumps(common))
     draws = []
     for _ in range(2):
@@ -133,7 +213,10 @@ def test_another_layout_seeds_the_streams_anew_and_says_so(tmp_path: Path, capsy
     assert draws[0] == draws[1]
     seed_all(5)
     assert draw() != draws[0]
-    assert "saved at another layout (tp 2 -> ?, world_size 4 -> 1); seeded anew" in capsys.readouterr().out
+    assert (
+        "saved at another layout (device cuda -> cpu, tp 2 -> ?, world_size 4 -> 1); seeded anew"
+        in capsys.readouterr().out
+    )
 
 
 def test_no_load_rng_and_no_load_optim_leave_these_alone(tmp_path: Path) -> None:

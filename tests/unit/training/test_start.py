@@ -1,8 +1,10 @@
 """What a run finds out before its first step: places it cannot write to, data it cannot use, a changed checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_lite.arguments import parse_args
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -139,3 +141,24 @@ def test_tensorboard_keeps_its_curves_on_resume(tmp_path: Path) -> None:
 def test_the_optimizer_is_named(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str) -> None:
     run(*MOCK, *flags)
     assert said in capsys.readouterr().out
+
+
+def test_a_run_on_cpus_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch without CUDA raises where a context would be made. Saved, resumed, profiled, with random numbers.
+
+    Mutations: `torch.cuda.is_available()` in the place of `computes_on_gpu()` in any of its uses, the GPU set by
+    `initialize_torch_distributed`, or copies ahead of DCP's writer.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    begin = torch.utils.data.DataLoader.__init__
+
+    def unpinned(self: Any, *arguments: Any, pin_memory: bool, **options: Any) -> None:
+        assert not pin_memory
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", unpinned)
+    words = ["--distributed-backend", "gloo", "--save", str(tmp_path), "--save-interval", "1", "--async-save"]
+    words += ["--profile", "--profile-step-start", "1", "--record-memory-history", "--tensorboard-dir", str(tmp_path)]
+    run(*MOCK, *words, "--hidden-dropout", "0.1", "--bf16", "--fp8-format", "hybrid")
+    run(*MOCK, *words, "--train-iters", "3", "--load", str(tmp_path), "--override-opt_param-scheduler")
