@@ -51,7 +51,8 @@ def _write(model: Architecture) -> dict[str, Any]:
         # None would mean those above.
         "rope_scaling": positions["rope_scaling"] or {"rope_type": "default"},
         **write_heads(model),
-        "sliding_window": width,
+        # Theirs wants a width even where no layer has a window.
+        "sliding_window": width or 128,
         "layer_types": types,
         "intermediate_size": model.transformer.moe_ffn_hidden_size,
         "swiglu_limit": None if limit is None else float(limit),

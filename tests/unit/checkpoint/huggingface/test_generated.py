@@ -71,13 +71,69 @@ def is_named(message: str, changed: tuple[str, ...], values: dict[str, Any]) -> 
     return any(word in message for word in words)
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OUTSIDE = "original_max_position_embeddings"
+ABSENT = generated.ABSENT
+
+# (tiny model, what is changed, what a refusal names; None: computed)
+FOUND: list[tuple[str, dict[str, Any], str | None]] = [
+    ("llama2", {"rope_scaling": LINEAR, "rope_parameters": YARN}, None),
+    ("llama2", {"rope_scaling": {}, "rope_parameters": {**YARN, "rope_theta": 50.0}, "rope_theta": 10.0}, None),
+    ("llama2", {"rope_scaling": YARN, OUTSIDE: 4}, None),
+    ("llama3", {OUTSIDE: 16}, OUTSIDE),
+    ("llama3", {"rope_parameters": LLAMA3}, OUTSIDE),
+    ("llama3", {"rope_parameters": LLAMA3, "max_position_embeddings": 8192}, None),
+    ("llama2", {"rope_parameters": {**YARN, "beta_slow": 2.0, "truncate": None}}, None),
+    ("qwen2", {"rope_parameters": {**YARN, OUTSIDE: 10**6, "rope_theta": 50.0}}, None),
+    ("qwen3", {"rope_parameters": {**YARN, "factor": None}}, None),
+    ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.25, "head_dim": 16}, None),
+    ("gpt_oss", {"rope_parameters": ABSENT}, None),
+    ("gpt_oss", {"rope_parameters": {}}, None),
+    ("deepseek_v2", {"rope_parameters": {**LINEAR, "mscale_all_dim": 1.0}}, "mscale_all_dim"),
+    ("deepseek_v2", {"q_lora_rank": ABSENT}, None),
+    ("deepseek_v2", {"n_shared_experts": 0}, None),
+    ("deepseek_v2", {"n_shared_experts": ABSENT}, None),
+    ("deepseek_v3", {"first_k_dense_replace": ABSENT, "num_hidden_layers": 4}, None),
+    ("deepseek_v3", {"n_shared_experts": ABSENT}, None),
+    ("deepseek_v3", {"norm_topk_prob": None}, "norm_topk_prob"),
+    ("deepseek_v3", {"rope_interleave": None}, "rope_interleave"),
+    ("deepseek_v3", {"num_local_experts": 4, "n_group": 1, "topk_group": 1}, None),
+    ("gpt2", {"num_attention_heads": 2, "hidden_size": 16}, None),
+    ("mixtral", {"num_experts": 4}, None),
+    ("qwen3_moe", {"num_local_experts": 4}, None),
+    ("qwen2", {"num_key_value_heads": None}, None),
+    ("qwen2 with windows", {"sliding_window": None}, None),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"], "head_dim": 8}, None),
+    ("mistral", {"sliding_window": ABSENT}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "refused"), FOUND, ids=[f"{one[0]}-{one[1]}" for one in FOUND])
+def test_folders_that_were_misread(tmp_path: Path, name: str, changes: dict[str, Any], refused: str | None) -> None:
+    """Transformers computes each of them.
+
+    Mutations: those of the test of generated folders, which finds some of these by chance.
+    """
+    values = {**tiny_models.config_values(name), **changes}
+    expected = theirs({key: value for key, value in values.items() if value is not ABSENT}, tmp_path)
+    assert expected is not None
+    if refused is not None:
+        with pytest.raises(ConfigError, match=refused):
+            ours(tmp_path)
+        return
+    assert tiny_models.difference(ours(tmp_path), expected) < BOUND
+
+
 @SEEDS
 def test_generated_folders_compute_what_transformers_computes(tmp_path: Path, seed: int) -> None:
     """Or are refused by a message that names a field; what transformers refuses gives no other exception of ours.
 
     Mutations: rope_parameters before rope_scaling; theta outside before that inside; null taken for a missing value in
-    q_lora_rank, sliding_window, norm_topk_prob; aliases of a key not read; layer_types of Mistral not read; a default of
-    another family; the length of the original training inside before that outside.
+    q_lora_rank, sliding_window, norm_topk_prob; aliases of a key not read; layer_types of Mistral not read; a default
+    of another family; the length of the original training inside before that outside.
     """
     counts: Counter[str] = Counter()
     for number, (changed, values) in enumerate(generated.folders(seed, 70)):

@@ -139,6 +139,19 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
     ("deepseek_v3", {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}, "topk_method"),
     ("qwen3_30b_a3b", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ("llama3_8b", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "per_layer_config is"),
+    ("llama3_8b", {"rope_scaling": {"full_attention": {"rope_type": "yarn"}}}, "full_attention"),
+    ("llama3_8b", {"rope_scaling": {"type": "linear"}}, "factor .* is None"),
+    ("llama3_8b", {"hidden_size": 4100, "head_dim": 128}, "hidden_size is 4100"),
+    ("llama3_8b", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+    ("llama3_8b", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+    ("llama3_8b", {"num_key_value_heads": "8"}, "num_key_value_heads is '8'"),
+    ("llama3_8b", {"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type"),
+    ("llama3_8b", {"model_type": "phi3", "partial_rotary_factor": 0.01}, "rotate 1 channels"),
+    ("gpt_oss_20b", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    ("gpt_oss_20b", {"sliding_window": None}, "no sliding_window"),
+    ("gpt_oss_20b", {"sliding_window": 0}, "sliding_window is 0"),
+    ("deepseek_v3", {"first_k_dense_replace": 61}, "first_k_dense_replace is 61"),
 ]
 
 
