@@ -9,6 +9,7 @@ import torch
 from megatron_lite.arguments import parse_args
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_lite.errors import ConfigError
+from megatron_lite.training.initialize import _choose_deterministic_kernels
 from pretrain_gpt import pretrain
 
 TINY = [
@@ -162,3 +163,17 @@ def test_a_run_on_cpus_leaves_a_gpu_alone(tmp_path: Path, monkeypatch: pytest.Mo
     words += ["--profile", "--profile-step-start", "1", "--record-memory-history", "--tensorboard-dir", str(tmp_path)]
     run(*MOCK, *words, "--hidden-dropout", "0.1", "--bf16", "--fp8-format", "hybrid")
     run(*MOCK, *words, "--train-iters", "3", "--load", str(tmp_path), "--override-opt_param-scheduler")
+
+
+def test_deterministic_mode_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel for every tensor that is made, and DeepEP refuses it. Mutation: torch's default, which is to fill."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        monkeypatch.setenv(name, "as it was")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        _choose_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
