@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from megatron_lite.arguments.command_line import COMMAND_LINE, Settings, build_parser, read_settings
 from megatron_lite.arguments.compilation import settle_compilation
-from megatron_lite.arguments.notices import fp8_notices, pipeline_notices, recomputation_notices
+from megatron_lite.arguments.notices import default_notices, fp8_notices, pipeline_notices, recomputation_notices
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
 from megatron_lite.arguments.show import config_as_yaml
@@ -62,6 +62,7 @@ def build_run_config(settings: Settings) -> RunConfig:
     }
     notices = settings.notices + _settle(run) + list(flags_without_effect(run, given))
     notices += fp8_notices(run, "fp8_recipe" in settings.values)
+    notices += default_notices(run, settings.values)
     run.notices = tuple(notices)
     return run
 

@@ -39,7 +39,7 @@ NO_EFFECT: dict[str, str] = {
         --microbatch-group-size-per-virtual-pipeline-stage=
     """,
     "fused kernels are chosen automatically, and never change the result": """
-        --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native --disable-bf16-reduced-precision-matmul
+        --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native
         --use-fused-weighted-squared-relu --fused-residual-rmsnorm --use-transformer-engine-op-fuser
         --no-clone-scatter-output-in-embedding --disable-clone-scatter-output-in-embedding --use-te-activation-func
         --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
@@ -77,7 +77,7 @@ NO_EFFECT: dict[str, str] = {
     """,
     "this monitoring is not part of megatron_lite; the run goes on without it": """
         --config-logger-dir= --pytorch-profiler-collect-chakra --record-shapes --nvtx-ranges
-        --check-weight-hash-across-dp-replicas-interval= --gpu-sniff-test-interval=
+        --gpu-sniff-test-interval=
         --result-rejected-tracker-filename= --dump-param-to-param-group-map= --adlr-autoresume
         --adlr-autoresume-interval= --log-progress --timing-log-level= --timing-log-option=
         --log-timers-to-tensorboard --log-memory-interval= --log-device-memory-used --logging-level= --log-energy
@@ -91,7 +91,10 @@ NO_EFFECT: dict[str, str] = {
         --save-tokens-per-expert-interval=
     """,
     "batches are read in the order of consumed samples": """
-        --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
+        --exit-signal-handler-for-dataloader
+    """,
+    "a signal without --exit-signal-handler ends the processes at once": """
+        --exit-signal-handler-for-training
     """,
     "one flag is enough here: the model is always the one of megatron_lite": """
         --use-mcore-models
@@ -110,7 +113,7 @@ NO_EFFECT: dict[str, str] = {
         --disable-ckpt-load-validate-sharding-integrity --no-strict-fsdp-dtensor-load
         --disable-strict-fsdp-dtensor-load --dist-ckpt-strictness= --dist-ckpt-optim-fully-reshardable
         --distrib-optim-fully-reshardable-mem-efficient --no-save-tokenizer-assets --disable-save-tokenizer-assets
-        --verify-integrity --override-ckpt-iteration= --use-dist-ckpt --dist-ckpt-format= --dist-ckpt-workers=
+        --use-dist-ckpt --dist-ckpt-format= --dist-ckpt-workers=
         --ckpt-fully-parallel-save --ckpt-drop-redundant-extra-state
     """,
     "softmax over attention scores and vocabulary is always computed in float32": """
@@ -272,6 +275,9 @@ REFUSED: dict[str, str] = {
         --non-persistent-global-ckpt-dir= --non-persistent-local-ckpt-dir= --non-persistent-local-ckpt-algo=
         --ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format
         --dist-ckpt-save-pre-mcore-014 --replication --replication-jump= --replication-factor=
+    """,
+    "the position in the data is that of the checkpoint; --ckpt-step loads another, --finetune starts over": """
+        --override-ckpt-iteration=
     """,
     "a checkpoint loads at any layout, so none is taken from it; --use-checkpoint-args takes the model's settings": """
         --use-mp-args-from-checkpoint-args

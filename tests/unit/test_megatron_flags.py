@@ -117,6 +117,7 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
         (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
         (["--batch-size", "8"], "write --micro-batch-size"),
+        (["--override-ckpt-iteration", "8"], "the position in the data is that of the checkpoint"),
         (["--moe-paged-stash", "--moe-paged-stash-page-size", "8"], "--moe-paged-stash, --moe-paged-stash-page-size 8"),
         (["--moe-dispatch-fwd-dtype", "mxfp8"], "--moe-dispatch-fwd-dtype mxfp8 is given, but not supported"),
     ],
@@ -274,3 +275,13 @@ def test_the_parts_of_tp_comm_overlap_are_explained() -> None:
 def test_recipes_that_are_not_there_are_refused_with_those_that_are(recipe: str) -> None:
     with pytest.raises(ConfigError, match=f"fp8_recipe is '{recipe}', but must be one of: tensorwise, rowwise"):
         parse_args([*LLAMA3_8B, "--fp8-format", "hybrid", "--fp8-recipe", recipe])
+
+
+def test_flags_whose_effect_exists_here_have_it() -> None:
+    """Mutation: list one of them as without effect again."""
+    words = ["--verify-integrity", "--disable-bf16-reduced-precision-matmul"]
+    run = parse_args([*LLAMA3_8B, *words, "--check-weight-hash-across-dp-replicas-interval", "5"])
+    assert run.checkpoint.verify_checkpoint
+    assert run.transformer.disable_bf16_reduced_precision_matmul
+    assert run.training.check_weight_hash_across_dp_replicas_interval == 5
+    assert not any(word in notice for word in [*words, "--check-weight-hash"] for notice in run.notices)

@@ -260,7 +260,8 @@ def test_a_large_preset_fits_its_gpus(name: str) -> None:
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_preset_is_valid_and_fits_a_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(name, monkeypatch)
-    assert run.notices == () or name.startswith("quickstart")
+    said = [notice for notice in run.notices if not notice.startswith("defaults that are not Megatron-LM's")]
+    assert not said or name.startswith("quickstart")
     lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
     assert len(lines) <= 50
