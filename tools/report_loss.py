@@ -15,8 +15,9 @@ from megatron_lite.datasets.indexed_dataset import IndexedDataset
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The training and the validation entries of a metrics file, in order."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The training and the validation entries of a metrics file, in order; null, what was not finite, becomes NaN."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    entries = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     training = [entry for entry in entries if "lm_loss" in entry]
     validation = [entry for entry in entries if "validation_loss" in entry]
     return training, validation
