@@ -11,6 +11,7 @@ from megatron_lite.arguments.checkpoint_settings import add_checkpoint_settings
 from megatron_lite.arguments.convert import NO, YES, convert, takes_many
 from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags, compat_keys, judge
 from megatron_lite.arguments.options import Option, all_options, keys
+from megatron_lite.arguments.origins import null_tokenizer_of_file
 from megatron_lite.arguments.run_config import GROUPS
 from megatron_lite.arguments.yaml_file import read_yaml
 from megatron_lite.errors import ConfigError
@@ -161,6 +162,8 @@ def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = 
     notices, violations = judge(compat, {name: value for name, (value, _) in settings.values.items()})
     settings.notices += notices
     settings.problems += violations
+    if not settings.dry_run:
+        settings.problems += null_tokenizer_of_file(settings.values, settings.config, COMMAND_LINE)
     return settings
 
 
