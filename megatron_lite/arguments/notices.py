@@ -45,6 +45,17 @@ def recomputation_notices(run: RunConfig) -> Iterator[str]:
         )
 
 
+def expert_notices(run: RunConfig) -> Iterator[str]:
+    """What stands in for a package that is not supported."""
+    backend = run.transformer.moe_flex_dispatcher_backend
+    if run.transformer.num_moe_experts is not None and backend != "deepep":
+        yield (
+            f"--moe-flex-dispatcher-backend {backend}: tokens travel by "
+            f"{run.transformer.moe_token_dispatcher_type} instead, with the same result; deepep is the package that "
+            "flex uses here."
+        )
+
+
 def pipeline_notices(run: RunConfig) -> Iterator[str]:
     """Where pipelining takes the point out of another setting, or the other way round."""
     sizes, strategy = run.transformer, run.ddp.data_parallel_sharding_strategy

@@ -165,16 +165,6 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
         {"transformer_impl": "transformer_engine", "fp64": None},
         ["fp64, which that package does not compute in", "write --transformer-impl auto or local"],
     ),
-    (
-        2,
-        {
-            "transformer_impl": "transformer_engine",
-            "tp_comm_overlap": None,
-            "tensor_model_parallel_size": "2",
-            "sequence_parallel": None,
-        },
-        ["with tp_comm_overlap", "communicate by themselves", "leave out --tp-comm-overlap"],
-    ),
     (1, {"norm_impl": "apex"}, ["norm_impl is apex", "no module fused_layer_norm_cuda", "write --norm-impl torch"]),
     (1, {"adam_impl": "apex"}, ["adam_impl is apex", "no module amp_C", "write --adam-impl torch"]),
     (1, {"norm_impl": "apex", "compile": None, "dry_run": None}, ["compile is set with norm_impl apex", "leave out"]),
