@@ -53,6 +53,11 @@ class ModelParallelConfig(Validated):
     fp64: bool = knob(False, "Compute and store everything in float64, to verify a layout against another.")
     params_dtype: torch.dtype = knob(torch.float32, "Compute dtype; follows --fp16, --bf16 and --fp64.", flag=False)
     deterministic_mode: bool = knob(False, "Choose deterministic kernels, at some cost in speed.")
+    disable_bf16_reduced_precision_matmul: bool = knob(
+        False,
+        "Have cuBLAS add up the parts of a product in float32, in runs in bf16 and fp16, where torch lets it use the "
+        "16-bit type.",
+    )
 
     perform_initialization: bool = knob(True, "Fill new weights with initial values.", flag="--no-initialization")
     use_cpu_initialization: bool = knob(False, "Draw initial weights on the CPU, whatever the training device.")

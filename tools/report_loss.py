@@ -29,15 +29,16 @@ class Losses:
 
 
 def read_metrics(path: Path, label: str) -> Losses:
-    """The losses in a metrics file.
+    """The losses in a metrics file; null, which stands for what was not finite, becomes NaN.
 
     Raises:
         SystemExit: it cannot be read, or holds none yet.
     """
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from error
+    entries = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     training = [entry for entry in entries if "lm_loss" in entry]
     if not training:
         raise SystemExit(f"{path} holds no training iterations yet.")

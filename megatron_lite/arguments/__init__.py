@@ -12,7 +12,13 @@ from typing import Any, get_type_hints
 from megatron_lite.arguments.command_line import COMMAND_LINE, Settings, build_parser, read_settings
 from megatron_lite.arguments.compilation import settle_compilation
 from megatron_lite.arguments.huggingface_settings import huggingface_notices
-from megatron_lite.arguments.notices import fp8_notices, pipeline_notices, recomputation_notices
+from megatron_lite.arguments.notices import (
+    default_notices,
+    expert_notices,
+    fp8_notices,
+    pipeline_notices,
+    recomputation_notices,
+)
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS, RunConfig
 from megatron_lite.arguments.show import config_as_yaml
@@ -64,6 +70,7 @@ def build_run_config(settings: Settings) -> RunConfig:
     }
     notices = settings.notices + _settle(run) + list(flags_without_effect(run, given))
     notices += fp8_notices(run, "fp8_recipe" in settings.values)
+    notices += default_notices(run, settings.values)
     run.notices = tuple(notices)
     return run
 
@@ -102,7 +109,13 @@ def _settle(run: RunConfig) -> list[str]:
         overlap = "" if not run.transformer.tp_comm_overlap else " and --tp-comm-overlap"
         run.transformer.tp_comm_overlap = False
         notices.append(f"--sequence-parallel{overlap}: switched off, because tensor_model_parallel_size is 1.")
-    notices += [*settle_compilation(run), *pipeline_notices(run), *recomputation_notices(run)]
+    if run.transformer.tp_comm_overlap and run.transformer.transformer_impl == "transformer_engine":
+        run.transformer.tp_comm_overlap = False
+        notices.append(
+            "--tp-comm-overlap: switched off, because the layers of Transformer Engine communicate by themselves; "
+            "--transformer-impl local has it."
+        )
+    notices += [*settle_compilation(run), *expert_notices(run), *pipeline_notices(run), *recomputation_notices(run)]
     if run.transformer.apply_query_key_layer_scaling:
         notices.append("--apply-query-key-layer-scaling: accepted without effect (scores are accumulated in float32).")
     if run.gpt.max_position_embeddings is None:

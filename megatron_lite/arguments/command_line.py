@@ -10,8 +10,16 @@ from typing import Any, NoReturn
 from megatron_lite.arguments.checkpoint_settings import add_checkpoint_settings
 from megatron_lite.arguments.convert import NO, YES, convert, takes_many
 from megatron_lite.arguments.huggingface_settings import add_huggingface_settings
-from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags, compat_keys, judge
+from megatron_lite.arguments.megatron_compat import (
+    ALIASES,
+    ALL_ALIASES,
+    WITHDRAWN_ALIASES,
+    compat_flags,
+    compat_keys,
+    judge,
+)
 from megatron_lite.arguments.options import Option, all_options, keys
+from megatron_lite.arguments.origins import null_tokenizer_of_file
 from megatron_lite.arguments.run_config import GROUPS
 from megatron_lite.arguments.yaml_file import read_yaml
 from megatron_lite.errors import ConfigError
@@ -95,9 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     groups = {name: parser.add_argument_group(TITLES[name]) for name in GROUPS}
     for option in all_options():
         _add_option(groups[option.group], option)
-    for name, (target, value) in ALIASES.items():
-        text = f"Same as --{target.replace('_', '-')} {value or 'N'}."
-        if value is None:
+    for name, targets in ALL_ALIASES.items():
+        text = f"Same as {same_as(targets, 'N')}." if name in ALIASES else argparse.SUPPRESS
+        if None in targets.values():
             general.add_argument(name, dest=name, help=text, metavar="N")
         else:
             general.add_argument(name, dest=name, action="store_true", help=text)
@@ -168,6 +176,8 @@ def read_settings(argv: Sequence[str] | None, defaults: dict[str, Any] | None = 
     notices, violations = judge(compat, {name: value for name, (value, _) in settings.values.items()})
     settings.notices += notices
     settings.problems += violations
+    if not settings.dry_run:
+        settings.problems += null_tokenizer_of_file(settings.values, settings.config, COMMAND_LINE)
     return settings
 
 
@@ -183,10 +193,12 @@ def _taken(values: dict[str, tuple[Any, str]], given: set[str]) -> Iterator[str]
 
 def _read_flags(settings: Settings, given: dict[str, Any], compat: dict[str, Any]) -> None:
     hints = {option.field: option.hint for option in all_options()}
-    for alias, (target, value) in ALIASES.items():
+    for alias, targets in ALL_ALIASES.items():
         if alias in given:
             raw = given.pop(alias)
-            given.setdefault(target, raw if value is None else value)
+            new = {target: value for target, value in targets.items() if target not in given}
+            _remark_on_withdrawn(settings, alias, new, raw)
+            given.update({target: raw if value is None else value for target, value in new.items()})
     for name, raw in given.items():
         if name in hints:
             _set(settings, name, raw, hints[name], COMMAND_LINE)
@@ -203,16 +215,32 @@ def _read_file(settings: Settings, path: str, compat: dict[str, Any]) -> None:
                 _set_opposite(settings, option, entry.value, entry.where)
             else:
                 _set(settings, option.field, entry.value, option.hint, entry.where)
-        elif dashed_alias(key) in ALIASES:
-            target, value = ALIASES[dashed_alias(key)]
-            if value is None or str(entry.value).lower() in YES:
-                hint = keys()[target][0].hint
-                _set(settings, target, entry.value if value is None else value, hint, entry.where)
+        elif (alias := dashed_alias(key)) in ALL_ALIASES:
+            targets = ALL_ALIASES[alias]
+            if None in targets.values() or str(entry.value).lower() in YES:
+                _remark_on_withdrawn(settings, alias, targets, entry.value)
+                for target, value in targets.items():
+                    hint = keys()[target][0].hint
+                    _set(settings, target, entry.value if value is None else value, hint, entry.where)
         elif key in compat_keys():
             if entry.value is not None and str(entry.value).lower() not in NO[:3]:
                 compat[compat_keys()[key].name] = entry.value
         else:
             settings.problems.append(f"{entry.where}: {entry.key} is not a setting{_closest(key, list(keys()))}.")
+
+
+def _remark_on_withdrawn(settings: Settings, alias: str, targets: dict[str, str | None], value: Any) -> None:
+    if alias in WITHDRAWN_ALIASES and targets:
+        settings.notices.append(f"{alias}: withdrawn from Megatron-LM; read as {same_as(targets, value)}.")
+
+
+def same_as(targets: dict[str, str | None], value: Any) -> str:
+    """The flags that set fields (field -> value; None is `value`)."""
+    words = []
+    for target, fixed in targets.items():
+        option = keys()[target][0]
+        words.append(option.shown[0] if option.is_switch else f"{option.shown[0]} {value if fixed is None else fixed}")
+    return " ".join(words)
 
 
 def dashed_alias(key: str) -> str:
@@ -253,7 +281,7 @@ def _unquoted(raw: Any) -> Any:
 
 def _report_unknown(settings: Settings, unknown: list[str]) -> None:
     flags = [word for word in unknown if word.startswith("-")]
-    known = [name for option in all_options() for name in option.flags] + list(compat_flags()) + list(ALIASES)
+    known = [name for option in all_options() for name in option.flags] + list(compat_flags()) + list(ALL_ALIASES)
     for flag in flags:
         name = flag.partition("=")[0]
         settings.problems.append(f"{name} is not a flag{_closest(name, known)}.")
@@ -262,5 +290,7 @@ def _report_unknown(settings: Settings, unknown: list[str]) -> None:
 
 
 def _closest(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; the closest is {found[0]}" if found else "; --help lists what there is"
+    # Dashes are no likeness. Typing mistakes and abbreviations of a word are above this, other words below.
+    bare = {one.strip("-"): one for one in known}
+    found = difflib.get_close_matches(name.strip("-"), bare, n=1, cutoff=0.7)
+    return f"; the closest is {bare[found[0]]}" if found else "; --help lists what there is"

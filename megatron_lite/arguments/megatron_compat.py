@@ -7,17 +7,43 @@ from typing import Any
 
 from megatron_lite.arguments.megatron_flags import NO_EFFECT, REFUSED
 
-# Megatron's second ways of saying something: flag -> (field, value; None takes the value of the flag itself).
-ALIASES: dict[str, tuple[str, str | None]] = {
-    "--recompute-activations": ("recompute_granularity", "selective"),
-    "--encoder-num-layers": ("num_layers", None),
+# Megatron's second ways of saying something: flag -> field -> value; None is the value of the flag itself.
+ALIASES: dict[str, dict[str, str | None]] = {
+    "--recompute-activations": {"recompute_granularity": "selective"},
+    "--encoder-num-layers": {"num_layers": None},
 }
 
-# Refused flags that ask for nothing special beside a setting: flag -> (field, value).
-HARMLESS_WITH: dict[str, tuple[str, str]] = {
-    "--no-position-embedding": ("position_embedding_type", "rope"),
-    "--fp8-amax-history-len": ("fp8_recipe", "tensorwise"),
-    "--fp8-amax-compute-algo": ("fp8_recipe", "tensorwise"),
+# The same for flags that Megatron-LM no longer has, which start-up remarks on. The first wins where two set a field.
+WITHDRAWN_ALIASES: dict[str, dict[str, str | None]] = {
+    "--activations-checkpoint-num-layers": {"recompute_num_layers": None},
+    "--checkpoint-num-layers": {"recompute_num_layers": None},
+    "--activations-checkpoint-granularity": {"recompute_granularity": None},
+    "--activations-checkpoint-method": {
+        "recompute_granularity": "full",
+        "recompute_method": None,
+        "recompute_num_layers": "1",
+    },
+    "--checkpoint-activations": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": "1",
+    },
+    "--distribute-checkpointed-activations": {"distribute_saved_activations": "true"},
+    "--fp8-e4m3": {"fp8": "e4m3"},
+    "--fp8-hybrid": {"fp8": "hybrid"},
+}
+ALL_ALIASES = ALIASES | WITHDRAWN_ALIASES
+
+# Refused flags that ask for nothing special alongside one of these settings: flag -> field -> values, as text; None is
+# the value of the flag itself.
+HARMLESS_WITH: dict[str, dict[str, tuple[str | None, ...]]] = {
+    "--no-position-embedding": {
+        "position_embedding_type": ("rope", "yarn", "none"),
+        "use_rotary_position_embeddings": ("True",),
+    },
+    "--eval-global-batch-size": {"global_batch_size": (None,)},
+    "--fp8-amax-history-len": {"fp8_recipe": ("tensorwise",)},
+    "--fp8-amax-compute-algo": {"fp8_recipe": ("tensorwise",)},
 }
 
 
@@ -85,8 +111,8 @@ def judge(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[list[s
     refused: dict[str, list[str]] = {}
     for name, value in given.items():
         flag = compat_flags()[name]
-        field, harmless = HARMLESS_WITH.get(name, ("", None))
-        if harmless is not None and settings.get(field) == harmless:
+        harmless = HARMLESS_WITH.get(name, {})
+        if any(str(settings.get(field)) in [one or str(value) for one in values] for field, values in harmless.items()):
             continue
         shown = name if flag.nargs == 0 else f"{name} {_text(value)}"
         into = refused if flag.is_refused_with(value) else silent

@@ -39,7 +39,7 @@ NO_EFFECT: dict[str, str] = {
         --microbatch-group-size-per-virtual-pipeline-stage=
     """,
     "fused kernels are chosen automatically, and never change the result": """
-        --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native --disable-bf16-reduced-precision-matmul
+        --cross-entropy-loss-fusion --cross-entropy-fusion-impl=native
         --use-fused-weighted-squared-relu --fused-residual-rmsnorm --use-transformer-engine-op-fuser
         --no-clone-scatter-output-in-embedding --disable-clone-scatter-output-in-embedding --use-te-activation-func
         --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
@@ -52,6 +52,7 @@ NO_EFFECT: dict[str, str] = {
         --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream --moe-flex-dispatcher-num-sms=
         --moe-deepep-num-sms= --moe-hybridep-num-sms= --moe-hybridep-num-blocks-permute=
         --moe-hybridep-num-blocks-unpermute= --moe-hybridep-num-sms-preprocessing=
+        --moe-permute-fusion-into-hybridep --moe-hybridep-pad-uneven-dispatch-inputs --moe-ncclep-zero-copy
     """,
     "the products of experts take any number of rows, in fp8 too": """
         --moe-router-padding-for-quantization --moe-router-padding-for-fp8
@@ -77,7 +78,7 @@ NO_EFFECT: dict[str, str] = {
     """,
     "this monitoring is not part of megatron_lite; the run goes on without it": """
         --config-logger-dir= --pytorch-profiler-collect-chakra --record-shapes --nvtx-ranges
-        --check-weight-hash-across-dp-replicas-interval= --gpu-sniff-test-interval=
+        --gpu-sniff-test-interval=
         --result-rejected-tracker-filename= --dump-param-to-param-group-map= --adlr-autoresume
         --adlr-autoresume-interval= --log-progress --timing-log-level= --timing-log-option=
         --log-timers-to-tensorboard --log-memory-interval= --log-device-memory-used --logging-level= --log-energy
@@ -91,7 +92,10 @@ NO_EFFECT: dict[str, str] = {
         --save-tokens-per-expert-interval=
     """,
     "batches are read in the order of consumed samples": """
-        --exit-signal-handler-for-dataloader --exit-signal-handler-for-training
+        --exit-signal-handler-for-dataloader
+    """,
+    "a signal without --exit-signal-handler ends the processes at once": """
+        --exit-signal-handler-for-training
     """,
     "one flag is enough here: the model is always the one of megatron_lite": """
         --use-mcore-models
@@ -101,7 +105,7 @@ NO_EFFECT: dict[str, str] = {
     """,
     "saving and loading are sharded over all ranks and checked key by key": """
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args
-        --ckpt-format=torch_dist|torch_dcp --auto-detect-ckpt-format --no-ckpt-fully-parallel-save
+        --auto-detect-ckpt-format --no-ckpt-fully-parallel-save
         --async-strategy= --use-persistent-ckpt-worker --async-ckpt-cpu-priority= --async-ckpt-io-priority=
         --async-ckpt-use-cpu-shm --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo=
         --ckpt-fully-parallel-load-per-rank-objects --ckpt-fully-parallel-save-process-group=
@@ -110,8 +114,11 @@ NO_EFFECT: dict[str, str] = {
         --disable-ckpt-load-validate-sharding-integrity --no-strict-fsdp-dtensor-load
         --disable-strict-fsdp-dtensor-load --dist-ckpt-strictness= --dist-ckpt-optim-fully-reshardable
         --distrib-optim-fully-reshardable-mem-efficient --no-save-tokenizer-assets --disable-save-tokenizer-assets
-        --verify-integrity --override-ckpt-iteration= --use-dist-ckpt --dist-ckpt-format= --dist-ckpt-workers=
+        --use-dist-ckpt --dist-ckpt-format= --dist-ckpt-workers=
         --ckpt-fully-parallel-save --ckpt-drop-redundant-extra-state
+    """,
+    "checkpoints are of torch.distributed.checkpoint, as torch_dist is; other formats cannot be read, nor written": """
+        --ckpt-format=torch_dist|torch_dcp
     """,
     "softmax over attention scores and vocabulary is always computed in float32": """
         --attention-softmax-in-fp32 --fp16-lm-cross-entropy --output-logit-dtype=fp32
@@ -119,7 +126,7 @@ NO_EFFECT: dict[str, str] = {
     "master weights and gradients are float32; --grad-reduce-in-bf16 is the one choice": """
         --accumulate-allreduce-grads-in-fp32 --main-grads-dtype=fp32 --main-params-dtype=fp32
         --megatron-fsdp-main-params-dtype=fp32 --megatron-fsdp-main-grads-dtype=auto|fp32
-        --megatron-fsdp-grad-comm-dtype=auto
+        --megatron-fsdp-grad-comm-dtype=auto|fp32
     """,
     "buckets and buffers of data parallel communication are managed by torch": """
         --ddp-num-buckets= --ddp-bucket-size= --ddp-pad-buckets-for-high-nccl-busbw
@@ -141,6 +148,39 @@ NO_EFFECT: dict[str, str] = {
     "experimental parts are switched one by one": """
         --enable-experimental
     """,
+    "every data parallel replica starts from the same weights, as in Megatron-LM, which broadcasts them": """
+        --data-parallel-random-init
+    """,
+    "Megatron-LM reads it with --modelopt-enabled alone": """
+        --export-te-mcore-model --export-force-local-attention --export-default-te-spec --enable-gpt-oss
+    """,
+    "Megatron-LM reads it for inference alone": """
+        --test-mode
+    """,
+    "an evaluation has the micro-batch size of training, which changes no result": """
+        --eval-micro-batch-size=
+    """,
+    "parameters are gathered in the dtype of the run, and cast to fp8 where they are multiplied": """
+        --fp8-param-gather
+    """,
+    "CUDA graphs are not implemented, and change no result; --compile makes steps faster": """
+        --enable-cuda-graph --external-cuda-graph --cuda-graph-impl= --cuda-graph-scope=* --cuda-graph-modules=*
+        --optimizer-cuda-graph
+    """,
+    "withdrawn from Megatron-LM: data parallelism is torch's FSDP2, see --data-parallel-sharding-strategy": """
+        --DDP-impl=local|torch --use-contiguous-buffers-in-local-ddp --no-contiguous-buffers-in-local-ddp
+        --delay-grad-reduce --no-delay-grad-reduce --delay-param-gather
+    """,
+    "withdrawn from Megatron-LM: communication overlaps with computation; see --tp-comm-overlap": """
+        --no-async-tensor-model-parallel-allreduce --scatter-gather-tensors-in-pipeline
+        --no-scatter-gather-tensors-in-pipeline
+    """,
+    "withdrawn from Megatron-LM: --moe-grouped-gemm takes the best grouped product there is": """
+        --moe-use-legacy-grouped-gemm
+    """,
+    "withdrawn from Megatron-LM: there is one implementation of the model": """
+        --use-legacy-models --no-query-key-layer-scaling
+    """,
 }
 
 # Refused: the run would not be what was asked for.
@@ -153,7 +193,6 @@ REFUSED: dict[str, str] = {
         --max-seqlen-per-dp-cp-rank= --hybrid-context-parallel
     """,
     "--moe-token-dispatcher-type allgather and alltoall, and flex with DeepEP, are the ways tokens travel": """
-        --moe-permute-fusion-into-hybridep --moe-hybridep-pad-uneven-dispatch-inputs --moe-ncclep-zero-copy
         --moe-expert-rank-capacity-factor= --moe-dispatch-fwd-dtype=bf16 --moe-combine-bwd-dtype=bf16
     """,
     "this variant of a mixture of experts is not implemented": """
@@ -204,7 +243,7 @@ REFUSED: dict[str, str] = {
         --fp8-margin=0 --fp8-amax-history-len= --fp8-amax-compute-algo=
     """,
     "fp8 is for the products of linear layers; parameters, their communication and the output layer are not in fp8": """
-        --fp8-param-gather --fp8-output-proj --reuse-grad-buf-for-mxfp8-param-ag
+        --fp8-output-proj --reuse-grad-buf-for-mxfp8-param-ag
     """,
     "--fp8-format and --fp8-recipe say how linear layers are computed, all three products of a dense one alike": """
         --no-fp8-wgrad --disable-fp8-wgrad --fp8-quantizer-factory= --te-precision-config-file=
@@ -213,11 +252,8 @@ REFUSED: dict[str, str] = {
     "FP4 training is not implemented; train with --bf16, or with --fp8-format": """
         --fp4-format= --fp4-recipe= --fp4-quantizer-factory= --fp4-param-gather
     """,
-    "CUDA graphs are not implemented; --compile is": """
-        --enable-cuda-graph --external-cuda-graph --cuda-graph-impl=none --cuda-graph-scope=* --cuda-graph-modules=*
-        --moe-pad-experts-for-cuda-graph-inference --optimizer-cuda-graph
-    """,
     "serving is not part of training; see tools/generate.py": """
+        --moe-pad-experts-for-cuda-graph-inference
         --inference-cuda-graph-scope= --flash-decode --nccl-all-reduce-for-prefill --inference-fuse-tp-communication
         --inference-disable-triton-nvls-kernels --inference-grouped-gemm-backend=
         --inference-moe-disable-fused-quant-kernels --inference-moe-token-dispatcher-type=
@@ -245,7 +281,7 @@ REFUSED: dict[str, str] = {
         --no-inference-use-synchronous-zmq-collectives --inference-disable-ep-consensus
         --no-inference-disable-ep-consensus --inference-shards=
     """,
-    "it is accepted with --position-embedding-type rope only: write --position-embedding-type none": """
+    "learned positions are the default: write --position-embedding-type none, or rope or yarn": """
         --no-position-embedding
     """,
     "this optimizer is not implemented; --optimizer adam, sgd and muon are": """
@@ -257,11 +293,14 @@ REFUSED: dict[str, str] = {
     "gradients are checked by their norm: --check-for-nan-in-loss-and-grad and --clip-grad": """
         --check-for-large-grads
     """,
-    "it was withdrawn from Megatron-LM: write --recompute-granularity full": """
-        --checkpoint-activations
+    "it was withdrawn from Megatron-LM: write --expert-tensor-parallel-size": """
+        --moe-extended-tp
     """,
-    "every data parallel replica starts from the same weights": """
-        --data-parallel-random-init
+    "it was withdrawn from Megatron-LM: write --moe-router-num-groups and --moe-router-group-topk": """
+        --moe-router-topk-limited-devices=
+    """,
+    "it was withdrawn from Megatron-LM: write --pipeline-model-parallel-layout": """
+        --standalone-embedding-stage --pipeline-model-parallel-split-rank=
     """,
     "it was withdrawn from Megatron-LM: write --lr-warmup-fraction": """
         --warmup=
@@ -272,6 +311,9 @@ REFUSED: dict[str, str] = {
         --non-persistent-global-ckpt-dir= --non-persistent-local-ckpt-dir= --non-persistent-local-ckpt-algo=
         --ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format
         --dist-ckpt-save-pre-mcore-014 --replication --replication-jump= --replication-factor=
+    """,
+    "the position in the data is that of the checkpoint; --ckpt-step loads another, --finetune starts over": """
+        --override-ckpt-iteration=
     """,
     "a checkpoint loads at any layout, so none is taken from it; --use-checkpoint-args takes the model's settings": """
         --use-mp-args-from-checkpoint-args
@@ -286,7 +328,7 @@ REFUSED: dict[str, str] = {
         --fake-process-group
     """,
     "each validation uses all --eval-iters batches of the training batch size on one blend": """
-        --eval-global-batch-size= --eval-micro-batch-size= --test-mode --full-validation --multiple-validation-sets
+        --eval-global-batch-size= --full-validation --multiple-validation-sets
         --validation-set-names=*
     """,
     "a run has one phase; start the next one from its checkpoint": """
@@ -302,6 +344,12 @@ REFUSED: dict[str, str] = {
     """,
     "fine-tuning on conversations is not implemented": """
         --chat-template= --sft --sft-tokenizer-prompt-format=
+    """,
+    "quantization, pruning and distillation by ModelOpt are not implemented": """
+        --modelopt-enabled --export-kd-teacher-load= --export-kd-teacher-model-config=
+        --export-kd-teacher-ckpt-format= --export-kd-cfg= --export-model-type= --export-quant-cfg=
+        --export-real-quant-cfg= --export-offline-model --export-qk-l2-norm --export-moe-apply-probs-on-input
+        --qad-train-target= --freeze-base-for-mtp
     """,
     "distillation from stored logits is not implemented": """
         --logits-save-top-k= --logits-save-top-p= --logits-save-top-p-min-k= --logits-save-dir= --logits-save-dtype=

@@ -1,10 +1,36 @@
 """What start-up says about settings that do less than one may think."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
 from megatron_lite.transformer.attention_choices import cp_comm_type_of
+
+
+def default_notices(run: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """One sentence on what nobody chose, and Megatron-LM would compute otherwise.
+
+    Args:
+        run: the settings.
+        given: fields that were set, wherever.
+    """
+    sizes = run.transformer
+    narrow_router = sizes.num_moe_experts is not None and sizes.params_dtype.itemsize == 2
+    differing = [
+        text
+        for field, text, concerned in (
+            ("hidden_dropout", "--hidden-dropout 0 (there 0.1)", True),
+            ("attention_dropout", "--attention-dropout 0 (there 0.1)", True),
+            ("calculate_per_token_loss", "--calculate-per-token-loss (there a mean of micro-batch means)", True),
+            ("moe_router_dtype", "--moe-router-dtype fp32 (there that of its input)", narrow_router),
+        )
+        if concerned and field not in given
+    ]
+    if differing:
+        yield (
+            f"defaults that are not Megatron-LM's: {', '.join(differing)}; write a value to choose. "
+            "Padding of the vocabulary is always outside of the softmax (there inside)."
+        )
 
 
 def recomputation_notices(run: RunConfig) -> Iterator[str]:
@@ -16,6 +42,17 @@ def recomputation_notices(run: RunConfig) -> Iterator[str]:
         yield (
             "--recompute-modules mla_up_proj: attention by all-to-all keeps the heads it has exchanged, so in "
             f"{len(layers)} layers little is freed; --cp-comm-type p2p or all_gather keep what is recomputed."
+        )
+
+
+def expert_notices(run: RunConfig) -> Iterator[str]:
+    """What stands in for a package that is not supported."""
+    backend = run.transformer.moe_flex_dispatcher_backend
+    if run.transformer.num_moe_experts is not None and backend != "deepep":
+        yield (
+            f"--moe-flex-dispatcher-backend {backend}: tokens travel by "
+            f"{run.transformer.moe_token_dispatcher_type} instead, with the same result; deepep is the package that "
+            "flex uses here."
         )
 
 

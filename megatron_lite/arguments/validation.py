@@ -255,12 +255,7 @@ def _features(run: RunConfig) -> Iterator[str]:
         )
     if run.training.compile:
         yield from compilation_problems(run)
-    if sizes.transformer_impl == "transformer_engine" and sizes.tp_comm_overlap:
-        yield (
-            "transformer_impl is transformer_engine with tp_comm_overlap, but its layers communicate by themselves: "
-            "leave out --tp-comm-overlap, or write --transformer-impl local."
-        )
-    elif sizes.transformer_impl == "transformer_engine":
+    if sizes.transformer_impl == "transformer_engine":
         yield from _package(run, "transformer_impl", "transformer_engine", (), "auto or local")
     if sizes.has_apex_norms:
         yield from _package(run, "norm_impl", "apex", ("fused_layer_norm_cuda",), "torch")

@@ -96,8 +96,17 @@ CONDITIONS: tuple[tuple[str, Callable[[RunConfig], bool], tuple[str, ...]], ...]
         ("moe_token_drop_policy",),
     ),
     (
+        "--moe-router-score-function softmax",
+        lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_router_score_function == "softmax",
+        ("moe_router_pre_softmax",),
+    ),
+    (
         "--moe-token-dispatcher-type flex",
-        lambda run: run.transformer.num_moe_experts is None or run.transformer.moe_token_dispatcher_type == "flex",
+        lambda run: (
+            run.transformer.num_moe_experts is None
+            or run.transformer.moe_token_dispatcher_type == "flex"
+            or run.transformer.moe_flex_dispatcher_backend != "deepep"
+        ),
         ("moe_flex_dispatcher_backend",),
     ),
     (

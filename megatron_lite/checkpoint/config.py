@@ -47,7 +47,11 @@ class CheckpointConfig(Validated):
         "Take what is not given of the settings of model and tokenizer from the checkpoint of --load, or else of "
         "--pretrained-checkpoint.",
     )
-    verify_checkpoint: bool = knob(False, "Compare every file of a checkpoint with its checksum before loading it.")
+    verify_checkpoint: bool = knob(
+        False,
+        "Compare every file of a checkpoint with its checksum before loading it.",
+        flag=("--verify-checkpoint", "--verify-integrity"),
+    )
     fallback: bool = knob(True, "Where the latest checkpoint is damaged, load the one before it.")
     exit_on_missing_checkpoint: bool = knob(False, "Stop if --load holds no checkpoint, instead of starting anew.")
 

@@ -89,9 +89,8 @@ class MicroBatchStream:
                 batch = next(self._iterator)
             except StopIteration:
                 raise RuntimeError(
-                    "The dataset ended before training did: it was built for fewer samples than the run consumes. "
-                    "This happens when --train-iters or the batch size grew after the start; delete --data-cache-path "
-                    "and start the run again with --load."
+                    "The dataset ended before training did, although it had enough samples at the start of the run; "
+                    "resume with --load, or start again without --data-cache-path if that does not help."
                 ) from None
             except ConfigError as error:
                 # A worker process wraps its message in its traceback.

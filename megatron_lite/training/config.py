@@ -55,6 +55,11 @@ class TrainingConfig(Validated):
         "checkpoint of --save and leave the data of that iteration out.",
         choices=("stop", "skip", "rewind"),
     )
+    check_weight_hash_across_dp_replicas_interval: int | None = knob(
+        None,
+        "Iterations between comparisons of what several ranks hold a copy of; the run stops where copies differ. "
+        "Without it they are compared at each save, which warns.",
+    )
     check_for_spiky_loss: bool = knob(False, "Warn when the loss exceeds ten times the largest seen so far.")
     manual_gc: bool = knob(False, "Collect Python garbage on all ranks at the same steps instead of whenever.")
     manual_gc_interval: int = knob(0, "Iterations between collections under --manual-gc; 0 collects at eval only.")
@@ -88,6 +93,7 @@ class TrainingConfig(Validated):
             "exit_interval",
             "exit_duration_in_mins",
             "rerun_iteration",
+            "check_weight_hash_across_dp_replicas_interval",
         )
         if min(self.iterations_to_skip, default=1) < 1:
             found.append(
@@ -151,7 +157,7 @@ class LoggerConfig(Validated):
     wandb_entity: str | None = knob(None, "wandb user or team that owns the run.")
     wandb_save_dir: str | None = knob(None, "Folder for wandb's local files.")
     metrics_jsonl: str | None = knob(
-        None, "File that receives one JSON object an iteration, at full precision.", metavar="FILE"
+        None, "File that receives one JSON object an iteration, at full precision (null: not finite).", metavar="FILE"
     )
 
     def violations(self) -> list[str]:

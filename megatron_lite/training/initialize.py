@@ -5,7 +5,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
 from megatron_lite.ops.grouped_linear import choose_backend
+from megatron_lite.ops.sums_in_float32 import sums_in_float32
 from megatron_lite.ops.tf32 import tf32
 from megatron_lite.optimizer import OptimizerConfig
 from megatron_lite.tensor_parallel.layers import way_of_overlap
@@ -65,7 +66,11 @@ def distributed_environment(config: RunConfig) -> Iterator[torch.device]:
     # bits, of which TF32 loses none, and is rounded to 16 bits soon.
     narrow = device.type == "cuda" and config.transformer.params_dtype.itemsize == 2
     try:
-        with tf32() if narrow else nullcontext():
+        with ExitStack() as settings:
+            if narrow:
+                settings.enter_context(tf32())
+            if config.transformer.disable_bf16_reduced_precision_matmul:
+                settings.enter_context(sums_in_float32())
             yield device
     except BaseException:
         # Taking groups down waits for the other ranks, which may never come; the error must be seen before that.

@@ -32,6 +32,7 @@ from megatron_lite.training.initialize import print_rank_0
 from megatron_lite.training.metrics import MetricsBuffer
 from megatron_lite.training.progress import Progress
 from megatron_lite.training.step import sum_over
+from megatron_lite.training.supply import check_supply
 from megatron_lite.training.throughput import Throughput, peak_tflops
 from megatron_lite.training.train import Run
 from megatron_lite.training.writers import Writers
@@ -207,20 +208,20 @@ def data_streams(
     """Training, validation and test data, each from where `progress` says; None for a split that is empty.
 
     Of a sample each pipeline stage reads what it needs: tokens the first, labels the last, and those between neither.
+
+    Raises:
+        ConfigError: a split has fewer samples than the run will read.
     """
-    batch, validation = config.global_batch_size, config.validation
-    train_samples = config.training.train_samples or batch_calculator_of(config).samples(iterations)
+    batch, validation, calculator = config.global_batch_size, config.validation, batch_calculator_of(config)
+    train_samples = config.training.train_samples or calculator.samples(iterations)
     interval = validation.eval_interval or iterations + 1
     evaluated = validation.eval_iters * batch
     # A run resumed with fewer evaluations may have read more already than it would have from the start.
     to_come = max(0, iterations // interval - progress.iteration // interval) + 1
     valid_samples = max((iterations // interval + 1) * evaluated, progress.consumed_valid_samples + to_come * evaluated)
-    datasets = build_train_valid_test_datasets(
-        config.data,
-        tokenizer,
-        (train_samples, valid_samples, evaluated),
-        config.rng.seed,
-    )
+    wanted = (train_samples, valid_samples, evaluated)
+    datasets = build_train_valid_test_datasets(config.data, tokenizer, wanted, config.rng.seed)
+    check_supply(config, calculator, datasets, (calculator.samples(iterations), *wanted[1:]))
     consumed = (progress.consumed_train_samples, progress.consumed_valid_samples, 0)
     training = config.training
     exit_signals = [signal.Signals[name] for name in training.exit_signal] if training.exit_signal_handler else []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_lite import parallel_state
 from megatron_lite.arguments import RunConfig
-from megatron_lite.checkpoint import BackgroundSaver
+from megatron_lite.checkpoint import BackgroundSaver, verify_all_replicas
 from megatron_lite.num_microbatches_calculator import NumMicroBatchesCalculator
 from megatron_lite.optimizer import MegatronOptimizer, OptimizerParamScheduler
 from megatron_lite.pipeline_parallel import ForwardBackward
@@ -76,6 +76,8 @@ def train(run: Run) -> bool:
         while progress.iteration < run.total_iterations:
             try:
                 one_iteration(run)
+                if every(config.training.check_weight_hash_across_dp_replicas_interval, progress.iteration):
+                    verify_all_replicas(run.model_chunks)
                 settle(run.background)
                 if log_is_due(run):
                     log(run)
@@ -263,7 +265,7 @@ def evaluate_and_log(run: Run, where: str, split: str = "validation", final: boo
     )
     if split == "validation":
         run.progress.consumed_valid_samples += iterations * num_microbatches * samples_of_micro_batch
-    perplexity = math.exp(min(20.0, loss))
+    perplexity = math.exp(min(loss, 20.0))  # in this order NaN stays NaN
     line = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
     print_rank_last(f"{'-' * len(line)}\n{line}\n{'-' * len(line)}")
     run.writers.validation(run.progress.iteration, run.progress.consumed_train_samples, loss, split, final)

@@ -84,7 +84,10 @@ def duration(seconds: float) -> str:
 
 
 class JsonLines:
-    """One JSON object a line. On resume, lines of iterations that will be run again are dropped first."""
+    """One JSON object a line, null for a value that is not finite.
+
+    On resume, lines of iterations that will be run again are dropped first.
+    """
 
     def __init__(self, path: str, first_iteration: int) -> None:
         """Open `path` for appending; keep only what was written before `first_iteration`."""
@@ -101,12 +104,19 @@ class JsonLines:
 
     def write(self, objects: Sequence[dict[str, Any]]) -> None:
         """Append and hand over to the operating system, so that a killed process loses nothing written."""
-        self._file.writelines(json.dumps(item) + "\n" for item in objects)
+        self._file.writelines(json.dumps(_finite(item), allow_nan=False) + "\n" for item in objects)
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with None, JSON's null, for what is not a number or infinite, which JSON has no words for."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
+    }
 
 
 def _iteration_of(line: str) -> float:
@@ -162,7 +172,7 @@ class Writers:
         self, iteration: int, consumed_samples: int, loss: float, split: str = "validation", final: bool = False
     ) -> None:
         """Write one evaluation: the mean loss per token over the held-out batches; `final` closes the run."""
-        perplexity = math.exp(min(20.0, loss))
+        perplexity = math.exp(min(loss, 20.0))  # in this order NaN stays NaN
         if self._json:
             entry = {"iteration": iteration, "consumed_samples": consumed_samples, f"{split}_loss": loss}
             self._json.write([{**entry, f"{split}_ppl": perplexity, **({"final": True} if final else {})}])

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_lite import dry_run
 from megatron_lite.arguments import build_parser, build_run_config, parse_args, read_settings
-from megatron_lite.arguments.megatron_compat import ALIASES, compat_flags
+from megatron_lite.arguments.megatron_compat import ALL_ALIASES, compat_flags
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.validation import all_violations
 from megatron_lite.errors import ConfigError
@@ -80,7 +80,7 @@ def _eight_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_flag_of_megatron_is_unknown() -> None:
     assert len(FLAGS) == 785
-    honoured = {name for option in all_options() for name in option.flags} | set(ALIASES) | {"--yaml-cfg"}
+    honoured = {name for option in all_options() for name in option.flags} | set(ALL_ALIASES) | {"--yaml-cfg"}
     unknown = [flag for flag in FLAGS if flag.partition("=")[0] not in honoured | set(compat_flags())]
     assert not unknown
     assert not honoured & set(compat_flags())
@@ -109,7 +109,7 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--mtp-use-repeated-layer"], "--mtp-use-repeated-layer is given, but not supported: this variant of multi-"),
         (["--main-params-dtype", "fp16"], "--main-params-dtype fp16 is given, but not supported"),
         (["--lion-beta1", "0.9"], "--optimizer adam, sgd and muon are"),
-        (["--fp8-param-gather"], "--fp8-param-gather is given, but not supported: fp8 is for the products"),
+        (["--fp8-output-proj"], "--fp8-output-proj is given, but not supported: fp8 is for the products"),
         (["--fp8-margin", "1"], "--fp8-margin 1 is given, but not supported: fp8 scales are those of the tensor"),
         (["--no-fp8-wgrad"], "--no-fp8-wgrad is given, but not supported: --fp8-format and --fp8-recipe say"),
         (["--fp4-format", "e2m1"], "--fp4-format e2m1 is given, but not supported: FP4"),
@@ -117,6 +117,7 @@ def test_what_changes_nothing_is_said_in_one_line_for_each_reason() -> None:
         (["--hybrid-context-parallel"], "--hybrid-context-parallel is given, but not supported: all samples are split"),
         (["--max-seqlen-per-dp-cp-rank", "64"], "--max-seqlen-per-dp-cp-rank 64 is given, but not supported"),
         (["--batch-size", "8"], "write --micro-batch-size"),
+        (["--override-ckpt-iteration", "8"], "the position in the data is that of the checkpoint"),
         (["--moe-paged-stash", "--moe-paged-stash-page-size", "8"], "--moe-paged-stash, --moe-paged-stash-page-size 8"),
         (["--moe-dispatch-fwd-dtype", "mxfp8"], "--moe-dispatch-fwd-dtype mxfp8 is given, but not supported"),
     ],
@@ -208,7 +209,8 @@ def test_mixtral_example_is_valid_without_pipeline_stages() -> None:
 def test_no_position_embedding_without_rope_is_refused() -> None:
     (problem,) = read_settings(["--no-position-embedding"]).problems
     assert "write --position-embedding-type none" in problem
-    assert not read_settings(["--no-position-embedding", "--position-embedding-type", "rope"]).problems
+    for others in (["--position-embedding-type", "rope"], ["--use-rotary-position-embeddings"]):
+        assert not read_settings(["--no-position-embedding", *others]).problems
 
 
 def test_llama3_example_is_valid() -> None:
@@ -238,12 +240,12 @@ def test_muon_as_in_megatron() -> None:
 
 
 def test_llama3_example_in_fp8_is_refused_by_name() -> None:
-    """Its scales are those of earlier steps, and its parameters travel in fp8."""
+    """Its scales are those of earlier steps; that parameters travel in fp8 there changes no result worth a refusal."""
     with pytest.raises(ConfigError) as caught:
         parse_args([*LLAMA3_8B, *LLAMA3_8B_FP8])
     message = str(caught.value)
-    for name in ("--fp8-amax-history-len 1024, --fp8-amax-compute-algo max", "--fp8-param-gather"):
-        assert name in message
+    assert "--fp8-amax-history-len 1024, --fp8-amax-compute-algo max are given, but not supported" in message
+    assert "--fp8-param-gather" not in message
     assert "--fp8-format" not in message.replace("--fp8-format hybrid", "")
 
 
@@ -274,3 +276,13 @@ def test_the_parts_of_tp_comm_overlap_are_explained() -> None:
 def test_recipes_that_are_not_there_are_refused_with_those_that_are(recipe: str) -> None:
     with pytest.raises(ConfigError, match=f"fp8_recipe is '{recipe}', but must be one of: tensorwise, rowwise"):
         parse_args([*LLAMA3_8B, "--fp8-format", "hybrid", "--fp8-recipe", recipe])
+
+
+def test_flags_whose_effect_exists_here_have_it() -> None:
+    """Mutation: list one of them as without effect again."""
+    words = ["--verify-integrity", "--disable-bf16-reduced-precision-matmul"]
+    run = parse_args([*LLAMA3_8B, *words, "--check-weight-hash-across-dp-replicas-interval", "5"])
+    assert run.checkpoint.verify_checkpoint
+    assert run.transformer.disable_bf16_reduced_precision_matmul
+    assert run.training.check_weight_hash_across_dp_replicas_interval == 5
+    assert not any(word in notice for word in [*words, "--check-weight-hash"] for notice in run.notices)

@@ -27,7 +27,7 @@ LIKE: dict[str, tuple[Tensor, torch.dtype]] = {
 
 
 def test_tensors_lie_side_by_side() -> None:
-    """Mutations: begins not aligned; begins counted in elements; the same begin for all; strides of a contiguous tensor."""
+    """Mutations: begins not aligned; begins counted in elements; one begin for all; strides of a contiguous tensor."""
     made = host_tensors(LIKE, pinned=False)
     assert list(made) == list(LIKE)
     for number, (name, one) in enumerate(made.items()):

@@ -25,6 +25,10 @@ BASE = {
     "mock_data": None,
     "tokenizer_type": "NullTokenizer",
     "vocab_size": "100",
+    # as they are by default, but chosen, which start-up does not remark on
+    "hidden_dropout": "0",
+    "attention_dropout": "0",
+    "calculate_per_token_loss": None,
 }
 
 
@@ -160,16 +164,6 @@ CASES: list[tuple[int, dict[str, str | None], list[str]]] = [
         1,
         {"transformer_impl": "transformer_engine", "fp64": None},
         ["fp64, which that package does not compute in", "write --transformer-impl auto or local"],
-    ),
-    (
-        2,
-        {
-            "transformer_impl": "transformer_engine",
-            "tp_comm_overlap": None,
-            "tensor_model_parallel_size": "2",
-            "sequence_parallel": None,
-        },
-        ["with tp_comm_overlap", "communicate by themselves", "leave out --tp-comm-overlap"],
     ),
     (1, {"norm_impl": "apex"}, ["norm_impl is apex", "no module fused_layer_norm_cuda", "write --norm-impl torch"]),
     (1, {"adam_impl": "apex"}, ["adam_impl is apex", "no module amp_C", "write --adam-impl torch"]),
@@ -434,6 +428,21 @@ def test_types_of_communication_by_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert types("allgather") == ["all_gather", "all_gather"]
     assert types("a2a") == ["a2a", "a2a"]
     assert types("a2a allgather") == ["a2a", "all_gather"]
+
+
+def test_defaults_that_megatron_does_not_have_are_named_where_nobody_chose() -> None:
+    """Mutations: ask whether the value is the default's rather than whether it was given; forget the router."""
+    chosen = ("hidden_dropout", "attention_dropout", "calculate_per_token_loss")
+    (said,) = parse_args(words(chosen)).notices
+    assert said.startswith("defaults that are not Megatron-LM's: --hidden-dropout 0 (there 0.1), --attention-dropout 0")
+    assert "--calculate-per-token-loss (there a mean of micro-batch means); write a value" in said
+    assert "Padding of the vocabulary is always outside of the softmax" in said
+    (said,) = parse_args(words(chosen[1:], hidden_dropout="0.1", no_calculate_per_token_loss=None)).notices
+    assert said.startswith("defaults that are not Megatron-LM's: --attention-dropout 0 (there 0.1); write a value")
+    assert not parse_args(words()).notices
+    (said,) = parse_args(words(bf16=None, num_experts="4")).notices
+    assert "--moe-router-dtype fp32 (there that of its input); write" in said
+    assert not parse_args(words(bf16=None, num_experts="4", moe_router_dtype="fp32")).notices
 
 
 def test_idle_settings_of_context_parallelism_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

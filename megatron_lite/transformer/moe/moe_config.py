@@ -75,7 +75,11 @@ class MoEConfig(PipelineConfig):
     moe_token_dispatcher_type: str = knob(
         "allgather", "How tokens reach their experts' ranks.", choices=("allgather", "alltoall", "flex")
     )
-    moe_flex_dispatcher_backend: str = knob("deepep", "Package behind the flex dispatcher.", choices=("deepep",))
+    moe_flex_dispatcher_backend: str = knob(
+        "deepep",
+        "Package behind the flex dispatcher; instead of hybridep and ncclep, which are not here, alltoall is used.",
+        choices=("deepep", "hybridep", "ncclep"),
+    )
     moe_enable_deepep: bool = knob(False, "The same as --moe-token-dispatcher-type flex (deprecated in Megatron).")
 
     # Start from a dense model
@@ -93,6 +97,8 @@ class MoEConfig(PipelineConfig):
                 setattr(self, name, given[0])
         if self.moe_enable_deepep and self.moe_token_dispatcher_type == "allgather":  # the default
             self.moe_token_dispatcher_type = "flex"
+        if self.moe_flex_dispatcher_backend != "deepep" and self.moe_token_dispatcher_type == "flex":
+            self.moe_token_dispatcher_type = "alltoall"
 
     @property
     def balance_types(self) -> list[str]:

@@ -114,11 +114,6 @@ def _router(config: "MoEConfig", experts: int) -> Iterator[str]:
             "moe_router_enable_expert_bias is set with moe_router_score_function softmax, but the bias is added to "
             "scores that do not compete: write --moe-router-score-function sigmoid or sqrtsoftplus."
         )
-    if config.moe_router_pre_softmax and score != "softmax":
-        yield (
-            f"moe_router_pre_softmax is set with moe_router_score_function {score}, but only a softmax can stand "
-            "before or behind the choice: leave one of them out."
-        )
 
 
 def _groups_of_experts(config: "MoEConfig", experts: int) -> Iterator[str]:

@@ -57,3 +57,19 @@ def test_mistakes_end_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     for path, complaint in ((metrics(tmp_path / "e.jsonl", []), "no training iterations"), ("none", "cannot be read")):
         with pytest.raises(SystemExit, match=complaint):
             report_loss.main(["--metrics", path])
+
+
+def test_steps_without_a_number_are_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As null, and as the NaN of files of earlier versions. Mutation: leave None as it is."""
+    pytest.importorskip("matplotlib")
+    entries = [{"iteration": n, "lm_loss": 4.0 / n} for n in (1, 2, 3, 4)]
+    entries[1]["lm_loss"] = None  # type: ignore[typeddict-item]
+    entries[2]["lm_loss"] = float("nan")
+    evaluation = {"iteration": 4, "validation_loss": None, "validation_ppl": None}
+    path, picture = tmp_path / "m.jsonl", tmp_path / "loss.png"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in [*entries, evaluation]))
+    report_loss.main(["--metrics", str(path), "--output", str(picture)])
+    out = capsys.readouterr().out
+    assert "training loss: 4.000 at iteration 1, 1.000 at the end" in out
+    assert "held-out loss: nan (perplexity nan)" in out
+    assert picture.stat().st_size > 0

@@ -1,5 +1,6 @@
 """What a run finds out before its first step: places it cannot write to, data it cannot use, a changed checkpoint."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from megatron_lite.arguments import parse_args
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_lite.errors import ConfigError
+from megatron_lite.training import setup, train
+from megatron_lite.training.hooks import Hook
 from megatron_lite.training.initialize import _choose_deterministic_kernels
 from pretrain_gpt import pretrain
 
@@ -48,13 +51,43 @@ def test_a_backend_that_the_device_lacks() -> None:
         run(*MOCK, "--attention-backend", "fused")
 
 
-def corpus(folder: Path, largest: int) -> str:
-    """Twenty documents of 40 ids up to `largest`."""
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"))
-    for _ in range(20):
+@pytest.mark.parametrize("flags", [(), ("--disable-bf16-reduced-precision-matmul",)])
+def test_sums_of_16_bit_products_are_in_float32_while_the_run_lasts(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """Mutations: leave fp16's setting alone, or the setting as it is when the run ends."""
+    matmul, seen = torch.backends.cuda.matmul, []
+
+    def settings() -> tuple[bool, bool]:
+        return matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+
+    def witness(*_: object) -> list[Hook]:
+        seen.append(settings())
+        return []
+
+    monkeypatch.setattr(setup, "build_hooks", witness)
+    before = settings()
+    assert all(before), "torch's default has changed"
+    run(*MOCK, *flags)
+    assert seen == [(not flags, not flags)]
+    assert settings() == before
+
+
+def test_copies_of_weights_are_compared_at_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: leave out the line in train()."""
+    compared = []
+    monkeypatch.setattr(train, "verify_all_replicas", compared.append)
+    run(*MOCK, "--train-iters", "5", "--check-weight-hash-across-dp-replicas-interval", "2")
+    assert len(compared) == 2
+
+
+def corpus(folder: Path, largest: int, documents: int = 20, name: str = "data") -> str:
+    """Documents of 40 ids up to `largest`."""
+    builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"))
+    for _ in range(documents):
         builder.add_document([*range(39), largest], [40])
-    builder.finalize(str(folder / "data.idx"))
-    return str(folder / "data")
+    builder.finalize(str(folder / f"{name}.idx"))
+    return str(folder / name)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -77,6 +110,35 @@ def test_splits_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert f"note: no test data from {path}: too few documents for a share (--split '969, 30, 1')" in said
     assert said.count("note: no ") == 1 + ("no validation data" in said)
+
+
+def test_a_blend_without_weights_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each remedy is run as it is printed. Mutations: leave out the check, or the weights."""
+    folder, few = tmp_path, ("--num-workers", "0", "--train-iters", "60")
+    blend = ["--data-path", corpus(folder, 9, 20, "a"), corpus(folder, 8, 10, "b"), "--split", "1"]
+    with pytest.raises(ConfigError) as caught:
+        run(*blend, *few)
+    assert "iteration " not in capsys.readouterr().out
+    message = str(caught.value)
+    assert message.startswith("the train split has 73 samples, but the run reads 120, and a blend without weights")
+    weights = re.search(r"with weights, (--data-path [^,]+), or", message)
+    length = re.search(r"after one epoch, (--train-iters \d+)\.", message)
+    assert weights is not None
+    assert length is not None
+    assert length[1] == "--train-iters 36"
+    run(*blend, *few, *weights[1].split())
+    assert "iteration       60/      60" in capsys.readouterr().out
+    run(*blend, *few, *length[1].split())
+    assert "iteration       36/      36" in capsys.readouterr().out
+    run(*blend, *few, "--dataloader-type", "cyclic")
+
+
+def test_a_blend_without_weights_that_is_too_short_to_evaluate(tmp_path: Path) -> None:
+    blend = [word for name in ("a", "b") for word in (corpus(tmp_path, 9, 20, name),)]
+    words = ("--train-data-path", *blend, "--valid-data-path", *blend, "--num-workers", "0")
+    with pytest.raises(ConfigError, match=r"the valid split has 98 samples, but the run reads 300.*--eval-iters 16\."):
+        run(*words, "--eval-interval", "1", "--eval-iters", "50")
+    run(*words, "--eval-interval", "1", "--eval-iters", "16")
 
 
 def test_settings_that_changed_since_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

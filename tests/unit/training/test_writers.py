@@ -1,13 +1,16 @@
 """Metrics files survive kills and resumes; the log line has the fields that parsers look for."""
 
 import json
+import math
 from pathlib import Path
 
+import pytest
 import torch
 
+from megatron_lite.training.config import LoggerConfig
 from megatron_lite.training.metrics import IterationRecord, MetricsBuffer
 from megatron_lite.training.throughput import Throughput
-from megatron_lite.training.writers import JsonLines, console_line, duration
+from megatron_lite.training.writers import JsonLines, Writers, console_line, duration
 
 
 def record(iteration: int, loss: float, **values: float) -> IterationRecord:
@@ -30,6 +33,31 @@ def test_resume_drops_what_will_be_run_again(tmp_path):
     second.close()
     entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
     assert [(e["iteration"], e["lm_loss"]) for e in entries] == [(n, 1.0 if n < 4 else 2.0) for n in range(1, 8)]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN and no Infinity; such a line survives a restart. Mutation: write it as Python does."""
+    path = str(tmp_path / "metrics.jsonl")
+    first = JsonLines(path, 1)
+    first.write([record(1, 1.0).as_json(), record(2, math.nan, grad_norm=math.inf, num_zeros=-math.inf).as_json()])
+    first.close()
+    second = JsonLines(path, 3)
+    second.write([record(3, 2.0).as_json()])
+    second.close()
+    text = Path(path).read_text()
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [entry["lm_loss"] for entry in entries] == [1.0, None, 2.0]
+    assert (entries[1]["grad_norm"], entries[1]["num_zeros"], entries[1]["elapsed_ms"]) == (None, None, 250.0)
+
+
+def test_an_evaluation_that_gave_no_number(tmp_path):
+    """Its perplexity is no number either. Mutation: the smaller of 20 and the loss, in this order, is 20."""
+    path = str(tmp_path / "metrics.jsonl")
+    writers = Writers(LoggerConfig(metrics_jsonl=path), True, 1, {})
+    writers.validation(4, 32, math.nan)
+    writers.close()
+    (entry,) = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert (entry["validation_loss"], entry["validation_ppl"]) == (None, None)
 
 
 def test_a_new_run_starts_a_new_file(tmp_path):
