@@ -118,7 +118,7 @@ def test_several_keys_and_files(tmp_path):
         (b'{"text": 3}', "not a text but a int"),
         (b'{"text": ["a", 3]}', "not a text but a list"),
         (b'{"text": "\xff"}', "utf-8"),
-        (b"[" * 100000, "recursion|Expecting|nest"),
+        (b"[" * 100000, "recursion|Stack overflow|Expecting|nest"),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 2])
