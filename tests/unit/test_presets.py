@@ -46,6 +46,7 @@ PUBLISHED = {
 }
 WORLDS = {
     "quickstart": 2,
+    "quickstart_cpu": 2,
     "quickstart_moe": 2,
     "quickstart_deepseek": 2,
     "mixtral_8x7b": 64,
