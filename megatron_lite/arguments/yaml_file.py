@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatron_lite.arguments.presets import config_file, preset_names
 from megatron_lite.errors import ConfigError
 
 
@@ -33,16 +34,19 @@ def read_yaml(path: str, sections: tuple[str, ...]) -> list[Entry]:
     """The entries of a YAML file in their order.
 
     Args:
-        path: the file.
+        path: the file, or the name of a preset.
         sections: keys that may hold a mapping, whose entries are then read as if they stood outside.
 
     Raises:
         ConfigError: the file is missing, is not YAML of the expected kind, names a key twice or asks for objects.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(config_file(path)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: the file cannot be read ({error}); name an existing YAML file.") from error
+        raise ConfigError(
+            f"--config {path}: the file cannot be read ({error}); name an existing YAML file or one of the presets: "
+            f"{', '.join(preset_names())}."
+        ) from error
     try:
         loader = _TextLoader(text)
         root = loader.get_single_node()

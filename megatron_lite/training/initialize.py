@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -126,9 +127,24 @@ def set_random_seed(seed: int) -> None:
 
 def _share_cores() -> None:
     """Give each local rank its part of the cores; torchrun's default of one thread each leaves cores idle."""
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1" and "LOCAL_WORLD_SIZE" in os.environ:
+    if "LOCAL_WORLD_SIZE" in os.environ and _launcher_chose_threads():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def _launcher_chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's default and not a user's wish.
+
+    torchrun sets it to 1 for its ranks where it is not set. The environment that torchrun itself was started with,
+    which Linux shows, tells the two apart; elsewhere the 1 is taken for a wish.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        return "OMP_NUM_THREADS" not in os.environ
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in started_with.split(b"\0"))
 
 
 def _choose_deterministic_kernels() -> None:

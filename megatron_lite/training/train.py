@@ -169,14 +169,15 @@ def every(interval: int | None, iteration: int) -> bool:
 
 
 def log_is_due(run: Run) -> bool:
-    """At each log interval, once after the first iteration as a sign of life, and at the end, of a short interval too.
+    """At each log interval and at the end; also after the first iteration, as a sign of life, and the second, the first
+    whose time tells how long the rest will take.
 
     Before any evaluation or checkpoint: these read the metrics, and the statistics of an interval need a record to be
     written with.
     """
     config, iteration = run.config, run.progress.iteration
     at_end = iteration == run.total_iterations or every(config.training.exit_interval, iteration)
-    return every(config.logger.log_interval, iteration) or iteration == 1 or at_end
+    return every(config.logger.log_interval, iteration) or iteration <= 2 or at_end
 
 
 def read_metrics(run: Run, end_of_interval: bool = False) -> None:

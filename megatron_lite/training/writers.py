@@ -21,7 +21,8 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
     """Megatron's log line for the interval that ends with the last record; losses are means over the interval.
 
     Iterations whose update was skipped count in "number of skipped iterations" and not in the mean of the loss.
-    `throughput`, when asked for, adds TFLOP/s per GPU, tokens per second and MFU. The line closes with the time left.
+    `throughput`, when asked for, adds TFLOP/s per GPU, tokens per second and MFU. The line closes with the time left,
+    except after the first iteration, most of whose time went to what is done once.
     """
     last = records[-1]
     elapsed_ms = sum(record.elapsed_ms for record in records) / len(records)
@@ -57,8 +58,9 @@ def console_line(records: Sequence[IterationRecord], total_iterations: int, thro
     parts += [
         f"number of skipped iterations: {skipped:3d}",
         f"number of nan iterations: {not_a_number:3d}",
-        f"time left: {duration((total_iterations - last.iteration) * elapsed_ms / 1000.0)}",
     ]
+    if last.iteration > 1:
+        parts.append(f"time left: {duration((total_iterations - last.iteration) * elapsed_ms / 1000.0)}")
     return " | ".join(parts) + " |"
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.e2e.commands import TINY, pretrain, training_metrics
+from tests.requirements import needs_compiler
 
 pytestmark = pytest.mark.e2e
 NUMBERS = ("lm_loss", "grad_norm", "learning_rate", "consumed_samples")
@@ -97,7 +98,7 @@ def test_upcycled_over_expert_parallel_ranks(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--compile"], id="compile", marks=pytest.mark.full),
+        pytest.param(["--compile"], id="compile", marks=[pytest.mark.full, needs_compiler]),
         pytest.param(["--bf16", "--moe-layer-recompute"], id="bf16-recompute"),
     ],
 )

@@ -20,6 +20,7 @@ from tests.e2e.commands import (
     pretrain_until,
     training_metrics,
 )
+from tests.requirements import needs_compiler
 
 pytestmark = pytest.mark.e2e
 END = 126  # of a document: the last id of the vocabulary of TINY
@@ -309,7 +310,8 @@ def test_not_a_number_stops_and_keeps_the_weights(tmp_path):
     "mode",
     [
         "bf16",
-        *(pytest.param(one, marks=pytest.mark.full) for one in ("fp16", "ramp-up", "compile", "recompute", "samples")),
+        pytest.param("compile", marks=[pytest.mark.full, needs_compiler]),
+        *(pytest.param(one, marks=pytest.mark.full) for one in ("fp16", "ramp-up", "recompute", "samples")),
     ],
 )
 def test_modes_train(tmp_path, mode):

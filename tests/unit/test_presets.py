@@ -51,6 +51,7 @@ WORLDS = {
     "llama_15m": 2,
     "llama_30m": 2,
     "llama_60m": 2,
+    "quickstart_cpu": 2,
     "quickstart_moe": 2,
     "quickstart_deepseek": 2,
     "mixtral_8x7b": 64,

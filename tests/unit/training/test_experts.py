@@ -140,23 +140,23 @@ def test_what_is_compiled_of_a_layer_with_experts(monkeypatch, settings, parts):
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(["--train-iters", "5", "--save-interval", "2"], id="saved before"),
-        pytest.param(["--train-iters", "5", "--save-interval", "5", "--eval-interval", "5"], id="saved at the end"),
+        pytest.param(["--train-iters", "6", "--save-interval", "3"], id="saved before"),
+        pytest.param(["--train-iters", "6", "--save-interval", "6", "--eval-interval", "6"], id="saved at the end"),
         pytest.param(
-            ["--train-iters", "9", "--exit-interval", "5", "--eval-interval", "5", "--save-interval", "9"], id="stopped"
+            ["--train-iters", "9", "--exit-interval", "6", "--eval-interval", "6", "--save-interval", "9"], id="stopped"
         ),
     ],
 )
 def test_statistics_of_each_log_interval(monkeypatch, tmp_path, capsys, words):
     """In the file with the last iteration of an interval, and on its line; the mean of the layers and each.
 
-    Mutations: collect at every reading of metrics, as before a checkpoint; iteration 2 then has them too. Log the last,
-    short interval after the evaluation and the checkpoint; iteration 5 then has none.
+    Mutations: collect at every reading of metrics, as before a checkpoint; iteration 3 then has them too. Log the last,
+    short interval after the evaluation and the checkpoint; iteration 6 then has none.
     """
-    words = [*words, "--log-interval", "3", "--eval-iters", "1", "--save", str(tmp_path / "s")]
+    words = [*words, "--log-interval", "4", "--eval-iters", "1", "--save", str(tmp_path / "s")]
     run(monkeypatch, *MOCK, *EXPERTS, *words, "--metrics-jsonl", str(tmp_path / "m.jsonl"))
     entries = lines(tmp_path / "m.jsonl")
-    assert [entry["iteration"] for entry in entries if "moe_balance" in entry] == [1, 3, 5]
+    assert [entry["iteration"] for entry in entries if "moe_balance" in entry] == [1, 2, 4, 6]
     for entry in entries:
         if "moe_balance" in entry:
             both = [entry[f"moe/load_balancing_loss_layer_{layer}"] for layer in (0, 1)]
@@ -165,7 +165,7 @@ def test_statistics_of_each_log_interval(monkeypatch, tmp_path, capsys, words):
             assert 1 <= entry["moe_balance"] <= 4
             assert entry["moe_dropped"] == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "learning rate: " in line]
-    assert len(printed) == 3
+    assert len(printed) == 4
     for line in printed:
         assert "| load_balancing_loss: " in line
         assert "| z_loss: " in line

@@ -81,6 +81,12 @@ def test_console_line_is_the_mean_of_its_interval():
     assert "number of skipped iterations:   1 | number of nan iterations:   1 | time left: 0:00:02 |" in line
 
 
+def test_time_left_is_told_from_the_second_iteration_on():
+    """The first one holds what is done once."""
+    assert "time left" not in console_line([record(1, 4.0)], 10, None)
+    assert "time left: 0:00:02 |" in console_line([record(2, 4.0)], 10, None)
+
+
 def test_metrics_buffer_reads_all_at_once():
     """Scalars come back in order and under their names, and the buffer is empty afterwards."""
     buffer = MetricsBuffer(torch.device("cpu"))

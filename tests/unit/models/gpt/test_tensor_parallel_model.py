@@ -15,6 +15,7 @@ from megatron_lite.tensor_parallel import local, model_parallel_cuda_manual_seed
 from megatron_lite.tensor_parallel.parameters import initialize_parameters, named_parameter_specs
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.pool import WorkerPool
+from tests.requirements import needs_compiler
 
 VOCAB, LENGTH, BATCH = 51, 8, 3
 
@@ -135,6 +136,7 @@ def test_layers_trace_to_one_graph(pool: WorkerPool, tp: int, sequence_parallel:
     pool.run(_compiled, sequence_parallel, kinds, "aot_eager", {}, world_size=tp)
 
 
+@needs_compiler
 @pytest.mark.full
 def test_a_layer_compiles_with_its_collectives(pool: WorkerPool) -> None:
     pool.run(_compiled, True, ["gated, biases, untied, grouped"], "inductor", {}, world_size=2, timeout_s=400.0)

@@ -28,6 +28,7 @@ from megatron_lite.transformer.moe.token_dispatcher import build_token_dispatche
 from megatron_lite.transformer.transformer_block import TransformerBlock
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from megatron_lite.transformer.transformer_layer import TransformerLayer
+from tests.requirements import needs_compiler
 
 CAPACITIES: list[dict[str, Any]] = [
     {},
@@ -69,7 +70,12 @@ WHOLE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("settings", "backend"), [(WHOLE[1], "inductor"), *((settings, "aot_eager") for settings in WHOLE)], ids=str
+    ("settings", "backend"),
+    [
+        pytest.param(WHOLE[1], "inductor", marks=needs_compiler),
+        *((settings, "aot_eager") for settings in WHOLE),
+    ],
+    ids=str,
 )
 def test_a_compiled_layer_is_one_region(settings: dict[str, Any], backend: str) -> None:
     """Output, gradients and what its router counts are those of the layer as it is, for other tokens too.
