@@ -58,11 +58,12 @@ def huggingface_violations(run: RunConfig) -> Iterator[str]:
             "tools/convert_checkpoint.py and write --pretrained-checkpoint."
         )
         return
+    from megatron_lite.checkpoint import CheckpointError
     from megatron_lite.checkpoint.huggingface import Architecture, disagreements
 
     try:
         yield from disagreements(folder, Architecture(run.transformer, run.gpt, run.gpt.vocab_size))
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         yield str(error)
 
 
