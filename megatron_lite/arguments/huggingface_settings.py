@@ -23,28 +23,26 @@ def add_huggingface_settings(values: Values) -> None:
         ConfigError: config.json is missing, cannot be read, or describes a model that cannot be expressed.
     """
     # Not before it is asked for: --help answers at once.
-    from megatron_lite.checkpoint.huggingface import flags_of, read_architecture, read_config
+    from megatron_lite.checkpoint.huggingface import read_architecture, settings_of
     from megatron_lite.checkpoint.huggingface.tokenizer_files import tokenizer_in
 
     folder = values["load_hf"][0]
     read_architecture(folder)
-    family, config = read_config(folder)
-    described = flags_of(family, config)
+    _, described = settings_of(folder)
+    path = str(Path(folder) / "config.json")
     for option in all_options():
         group = described.get(option.group, {})
         if option.field not in group or option.field in values:
             continue
         try:
-            values[option.field] = (convert(group[option.field], option.hint), config.path)
+            values[option.field] = (convert(group[option.field], option.hint), path)
         except ValueError as error:
-            raise ConfigError(
-                f"{config.path}: {option.field} is {group[option.field]!r}, but must be {error}."
-            ) from error
+            raise ConfigError(f"{path}: {option.field} is {group[option.field]!r}, but must be {error}.") from error
     found = tokenizer_in(folder)
     if found is not None and not any(name in values for name in OF_TOKENIZER):
-        kind, path = found
+        kind, tokenizer = found
         origin = f"the tokenizer's files in {Path(folder)}"
-        values |= {"tokenizer_type": (kind, origin), "tokenizer_model": (path, origin)}
+        values |= {"tokenizer_type": (kind, origin), "tokenizer_model": (tokenizer, origin)}
 
 
 def huggingface_violations(run: RunConfig) -> Iterator[str]:
@@ -58,7 +56,7 @@ def huggingface_violations(run: RunConfig) -> Iterator[str]:
             "tools/convert_checkpoint.py and write --pretrained-checkpoint."
         )
         return
-    from megatron_lite.checkpoint.errors import CheckpointError
+    from megatron_lite.checkpoint import CheckpointError
     from megatron_lite.checkpoint.huggingface import Architecture, disagreements
 
     try:

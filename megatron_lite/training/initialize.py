@@ -152,7 +152,7 @@ def _choose_deterministic_kernels() -> None:
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention
     torch.use_deterministic_algorithms(True)
     # It would fill all memory before it is written, by a kernel each; nothing here reads memory before.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -9,6 +9,7 @@ from megatron_lite.checkpoint.huggingface.settings import (
     flags_of,
     read_architecture,
     read_config,
+    settings_of,
 )
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "load_huggingface",
     "read_architecture",
     "read_config",
+    "settings_of",
 ]
