@@ -182,7 +182,8 @@ def _shown(value: Any) -> str:
 
 def _records(lines: Iterable[bytes], kind: str) -> Iterator[tuple[Record, int]]:
     """The documents that lines make up, with their sizes in bytes."""
-    first, collected = 1, []
+    first = 1
+    collected: list[bytes] = []
     for number, line in enumerate(lines, 1):
         if number == 1:
             line = line.removeprefix(UTF8_MARK)
