@@ -118,13 +118,18 @@ class Encoder:
             sequences[-1] = [*sequences[-1], *self.end]
         tokens = [token for ids in sequences for token in ids]
         limit = self.tokenizer.vocab_size
-        strange = [token for token in (min(tokens, default=0), max(tokens, default=0)) if not 0 <= token < limit]
-        if strange:
+        try:
+            ids = np.array(tokens, np.int64)
+            fits = ids.size == 0 or (ids.min() >= 0 and ids.max() < limit)
+        except OverflowError:
+            fits = False
+        if not fits:
+            strange = next(token for token in tokens if not 0 <= token < limit)
             raise ValueError(
-                f"the tokenizer makes the id {strange[0]} of {texts[0][:40]!r}, but its vocabulary ends at "
+                f"the tokenizer makes the id {strange} of {texts[0][:40]!r}, but its vocabulary ends at "
                 f"{limit - 1}; change the text or the --vocab-size"
             )
-        return EncodedDocument(np.array(tokens, np.int32), [len(ids) for ids in sequences])
+        return EncodedDocument(ids.astype(np.int32), [len(sequence) for sequence in sequences])
 
     def _tokenize(self, text: str) -> list[int]:
         try:
