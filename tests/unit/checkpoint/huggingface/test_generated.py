@@ -85,7 +85,11 @@ FOUND: list[tuple[str, dict[str, Any], str | None]] = [
     ("llama3", {OUTSIDE: 16}, OUTSIDE),
     ("llama3", {"rope_parameters": LLAMA3}, OUTSIDE),
     ("llama3", {"rope_parameters": LLAMA3, "max_position_embeddings": 8192}, None),
-    ("llama2", {"rope_parameters": {**YARN, "beta_slow": 2.0, "truncate": None}}, None),
+    (
+        "llama2",
+        {"rope_parameters": {**YARN, OUTSIDE: 64, "rope_theta": 50.0, "beta_fast": 4.0, "truncate": None}},
+        None,
+    ),
     ("qwen2", {"rope_parameters": {**YARN, OUTSIDE: 10**6, "rope_theta": 50.0}}, None),
     ("qwen3", {"rope_parameters": {**YARN, "factor": None}}, None),
     ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

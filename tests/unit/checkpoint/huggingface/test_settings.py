@@ -224,6 +224,13 @@ def test_gpt_oss_is_scaled_unless_it_says_otherwise(tmp_path: Path) -> None:
     assert config_of(plain)[1]["rope_scaling"] == {"rope_type": "default"}
 
 
+def test_a_null_window_is_none(tmp_path: Path) -> None:
+    """Mutation: null taken for a missing width, which means 4096."""
+    values = changed("llama3_8b", model_type="qwen2", use_sliding_window=True, max_window_layers=0)
+    assert read_architecture(write(tmp_path, **values))[1].transformer.window_size == (4095, 0)
+    assert read_architecture(write(tmp_path, **values, sliding_window=None))[1].transformer.window_size is None
+
+
 def test_one_of_two_sources_of_weights(tmp_path: Path) -> None:
     """Mutation: one of them silently wins."""
     folder = write(tmp_path, **RELEASED["llama3_8b"])
