@@ -56,7 +56,9 @@ class BlendedMegatronDatasetBuilder:
         if goes_first and self.is_built_on_rank():
             datasets = self._build_splits()
         if distributed:
-            torch.distributed.barrier()
+            # Under NCCL a barrier is on a GPU, which torch guesses by the rank where nobody names it.
+            on_gpu = torch.distributed.get_backend() == "nccl"
+            torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
         if not goes_first and self.is_built_on_rank():
             datasets = self._build_splits()
         return datasets

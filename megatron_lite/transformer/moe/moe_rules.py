@@ -229,8 +229,8 @@ def deep_ep_violations(config: "MoEConfig", hidden_size: int) -> Iterator[str]:
         yield (
             f"moe_token_dispatcher_type is flex over {ep * etp} ranks (expert_model_parallel_size {ep}, "
             f"expert_tensor_parallel_size {etp}), but DeepEP has settings for "
-            f"{', '.join(map(str, _RANKS_OF_DEEP_EP))} ranks only: choose sizes whose product is one of these, or write "
-            f"{instead}."
+            f"{', '.join(map(str, _RANKS_OF_DEEP_EP))} ranks only: choose sizes whose product is one of these, or "
+            f"write {instead}."
         )
     if hidden_size % _MULTIPLE_OF_DEEP_EP:
         yield (
