@@ -7,11 +7,13 @@ torchrun --nproc-per-node 2 pretrain_gpt.py --config configs/quickstart.yaml --t
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.checkpoint import CheckpointError
 from megatron_lite.errors import ConfigError, exit_with
+from megatron_lite.slurm import take_slurm_environment
 
 
 def main() -> None:
     """Flags to config, config to run."""
     try:
+        take_slurm_environment()
         config = parse_args()
         if config.dry_run:
             from megatron_lite.dry_run import dry_run

@@ -39,8 +39,12 @@ def default_position_embedding_ranks(pp_ranks: list[int]) -> list[int]:
 
 
 def local_cuda_device() -> torch.device:
-    """The GPU of this process: that of LOCAL_RANK, counted around where a process sees fewer (one each, say)."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    """The GPU of this process: that of LOCAL_RANK, counted around where a process sees fewer (one each, say).
+
+    Where ranks are started by srun and LOCAL_RANK is not set, that of SLURM_LOCALID.
+    """
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
 
 
 def initialize_torch_distributed(timeout_minutes: float = 30, backend: str | None = None) -> None:

@@ -61,7 +61,9 @@ class BlendedMegatronDatasetBuilder:
             datasets = self._build_splits()
             self._say_what_has_no_documents()
         if distributed:
-            torch.distributed.barrier()
+            # Under NCCL a barrier is on a GPU, which torch guesses by the rank where nobody names it.
+            on_gpu = torch.distributed.get_backend() == "nccl"
+            torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
         if not goes_first and self.is_built_on_rank():
             datasets = self._build_splits()
         return datasets

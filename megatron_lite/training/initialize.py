@@ -169,6 +169,20 @@ def _optimizer(config: OptimizerConfig) -> str:
     return f"{kernel} fused {config.optimizer}{stored}{host}"
 
 
+def _queues(strategy: str) -> str:
+    """What start-up says of a setting for the overlap of tensor parallelism that is none for sharded data parallelism.
+
+    With one hardware queue a kernel waits for those that were queued before it on any stream: FSDP2's gathers and
+    reductions, which run on streams of their own, then wait for the computation that they should overlap.
+    """
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1" or strategy == "no_shard":
+        return ""
+    return (
+        f"note: CUDA_DEVICE_MAX_CONNECTIONS is 1 with data_parallel_sharding_strategy {strategy}, whose communication "
+        "overlaps less with computation then: unset it, unless tensor parallelism gains more by it."
+    )
+
+
 def _grouped_products(sizes: TransformerConfig, device: torch.device) -> str:
     """What multiplies the experts' matrices."""
     if not sizes.moe_grouped_gemm:
@@ -224,6 +238,8 @@ def announce(config: RunConfig, device: torch.device) -> None:
     )
     for notice in config.notices:
         print_rank_0(f"note: {notice}")
+    if device.type == "cuda" and (line := _queues(config.ddp.data_parallel_sharding_strategy)):
+        print_rank_0(line)
     if config.optimizer.host_fraction and device.type == "cpu":
         print_rank_0(
             "note: --optimizer-cpu-offload: frees nothing on a CPU, whose memory is the host's; moments are copied."

@@ -17,7 +17,7 @@ from megatron_lite.transformer.attention_choices import uses_window as uses_wind
 from megatron_lite.transformer.attention_config import AttentionConfig
 from megatron_lite.transformer.fp8 import fp8_violations
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
-from megatron_lite.transformer.moe.moe_rules import layer_frequency_violations
+from megatron_lite.transformer.moe.moe_rules import deep_ep_violations, layer_frequency_violations
 
 
 @dataclass
@@ -213,6 +213,7 @@ class TransformerConfig(AttentionConfig):
             if (getattr(self, name) or 0.0) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
         found += layer_frequency_violations(self, self.num_layers)
+        found += deep_ep_violations(self, self.hidden_size)
         found += fp8_violations(self)
         return found + self._recompute_violations() + self._offload_violations()
 

@@ -38,6 +38,9 @@ def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert parallel_state.local_cuda_device() == training_device() == torch.device("cuda", 1)
     assert training_device("gloo") == torch.device("cpu")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert parallel_state.local_cuda_device() == torch.device("cuda", 1)
 
 
 def test_a_single_process_needs_no_environment() -> None:

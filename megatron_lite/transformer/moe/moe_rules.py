@@ -10,6 +10,14 @@ from megatron_lite.model_parallel_config import divisors, nearest_multiples
 if TYPE_CHECKING:
     from megatron_lite.transformer.moe.moe_config import MoEConfig
 
+# Of DeepEP's high-throughput kernels on Hopper: the numbers of ranks that get_dispatch_config and get_combine_config
+# know; a token of bfloat16 is copied in two halves of whole 16 bytes, inside a node by way of 8 KiB with 8 bytes for a
+# barrier; the lanes of a warp hold a token's experts.
+_RANKS_OF_DEEP_EP = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+_MULTIPLE_OF_DEEP_EP = 16
+_LARGEST_HIDDEN_OF_DEEP_EP, _RANKS_OF_A_NODE = 8176, 8
+_LARGEST_TOPK_OF_DEEP_EP = 32
+
 
 def moe_violations(config: "MoEConfig") -> Iterator[str]:
     """Every rule that the experts, the router, the balance and the dispatch break.
@@ -203,6 +211,37 @@ def _dispatch(config: "MoEConfig") -> Iterator[str]:
             f"moe_token_dispatcher_type is flex over {ep * etp} ranks (expert_model_parallel_size {ep}, "
             f"expert_tensor_parallel_size {etp}) and tokens are {str(config.params_dtype).removeprefix('torch.')}, but "
             f"DeepEP's kernels take bfloat16 only: add --bf16, or write {without_flex(config)}."
+        )
+
+
+def deep_ep_violations(config: "MoEConfig", hidden_size: int) -> Iterator[str]:
+    """Sizes that DeepEP has no settings or no kernels for; at the first dispatch it would end with an assertion."""
+    ep, etp = config.expert_model_parallel_size, config.expert_tensor_parallel_size or 1
+    if config.num_moe_experts is None or config.moe_token_dispatcher_type != "flex" or ep * etp == 1:
+        return
+    instead = without_flex(config)
+    if ep * etp not in _RANKS_OF_DEEP_EP:
+        yield (
+            f"moe_token_dispatcher_type is flex over {ep * etp} ranks (expert_model_parallel_size {ep}, "
+            f"expert_tensor_parallel_size {etp}), but DeepEP has settings for "
+            f"{', '.join(map(str, _RANKS_OF_DEEP_EP))} ranks only: choose sizes whose product is one of these, or "
+            f"write {instead}."
+        )
+    if hidden_size % _MULTIPLE_OF_DEEP_EP:
+        yield (
+            f"moe_token_dispatcher_type is flex with hidden_size {hidden_size}, but DeepEP copies tokens in pieces of "
+            f"{2 * _MULTIPLE_OF_DEEP_EP} bytes: choose a multiple of {_MULTIPLE_OF_DEEP_EP}, or write {instead}."
+        )
+    if ep * etp <= _RANKS_OF_A_NODE and hidden_size > _LARGEST_HIDDEN_OF_DEEP_EP:
+        yield (
+            f"moe_token_dispatcher_type is flex with hidden_size {hidden_size} over {ep * etp} ranks, but DeepEP's "
+            f"kernels inside a node copy tokens of up to {_LARGEST_HIDDEN_OF_DEEP_EP}: write {instead}."
+        )
+    if config.moe_router_topk * etp > _LARGEST_TOPK_OF_DEEP_EP:
+        yield (
+            f"moe_token_dispatcher_type is flex with moe_router_topk {config.moe_router_topk} and "
+            f"expert_tensor_parallel_size {etp}, but DeepEP sends a token to {_LARGEST_TOPK_OF_DEEP_EP} experts, or "
+            f"parts of them, at most: choose smaller ones, or write {instead}."
         )
 
 

@@ -12,7 +12,7 @@ from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_lite.errors import ConfigError
 from megatron_lite.training import setup, train
 from megatron_lite.training.hooks import Hook
-from megatron_lite.training.initialize import _choose_deterministic_kernels
+from megatron_lite.training.initialize import _choose_deterministic_kernels, _queues
 from pretrain_gpt import pretrain
 
 TINY = [
@@ -239,3 +239,11 @@ def test_deterministic_mode_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("value", "strategy", "said"), [("1", "optim", True), ("1", "no_shard", False), ("8", "optim", False)]
+)
+def test_one_hardware_queue(monkeypatch: pytest.MonkeyPatch, value: str, strategy: str, said: bool) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
+    assert ("unset it" in _queues(strategy)) == said

@@ -79,6 +79,15 @@ def test_several_balance_losses_each_with_its_coefficient() -> None:
     assert config_of(moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.1).balance_coefficients == {}
 
 
+def test_sizes_of_deep_ep_are_those_of_several_ranks() -> None:
+    """Mutation: a single rank judged, which sends nothing; the largest token of a node beyond it."""
+    odd = {"hidden_size": 72, "num_moe_experts": 33, "moe_router_topk": 33}
+    assert config_of(**FLEX, **odd).violations() == []
+    for ranks in (16, 24, 160):
+        wide = config_of(**DEEP_EP | {"hidden_size": 8192, "num_moe_experts": 480, "expert_model_parallel_size": ranks})
+        assert wide.violations() == []
+
+
 def test_recomputation_of_experts() -> None:
     by_old_name = parse_args([*LINE, "--num-experts", "8", "--moe-layer-recompute"]).transformer
     assert by_old_name.recompute_granularity == "selective"
@@ -92,6 +101,7 @@ def test_recomputation_of_experts() -> None:
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 SINKHORN = {"moe_router_load_balancing_type": "sinkhorn"}
 FLEX = {"moe_token_dispatcher_type": "flex"}
+DEEP_EP = FLEX | {"bf16": True, "expert_model_parallel_size": 2}
 PADDED = {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}
 PARTS = {"moe_use_upcycling": True, "moe_upcycling_granularity": 4}
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
@@ -144,6 +154,16 @@ BROKEN: list[tuple[dict[str, Any], list[str]]] = [
         ["flex over 8 ranks", "float32", "bfloat16 only", "--bf16", "--moe-token-dispatcher-type alltoall"],
     ),
     (FLEX | {"expert_tensor_parallel_size": 2, "fp16": True}, ["flex over 2 ranks", "float16", "--bf16"]),
+    (
+        DEEP_EP | {"num_moe_experts": 12, "expert_model_parallel_size": 3, "expert_tensor_parallel_size": 2},
+        ["flex over 6 ranks", "3", "2, 4, 8, 16,", "one of these", "--moe-token-dispatcher-type alltoall"],
+    ),
+    (DEEP_EP | {"hidden_size": 72}, ["flex with hidden_size 72", "multiple of 16", "type alltoall"]),
+    (DEEP_EP | {"hidden_size": 8192}, ["flex with hidden_size 8192 over 2 ranks", "8176", "type alltoall"]),
+    (
+        DEEP_EP | {"num_moe_experts": 40, "moe_router_topk": 17, "expert_tensor_parallel_size": 2},
+        ["flex with moe_router_topk 17", "expert_tensor_parallel_size 2", "32", "type alltoall"],
+    ),
     ({"moe_shared_expert_gate": True}, ["moe_shared_expert_gate is set", "--moe-shared-expert-intermediate-size N"]),
     (
         {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 64},
