@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains under a real SLURM, on a cluster of three pretended nodes that it makes on this machine, and lets things go
 # wrong. After each fault the training goes on and must end with the numbers of one that nothing happened to: equal
-# metrics of every iteration, at full precision, and an equal last checkpoint, byte for byte.
+# metrics of every iteration, at full precision, and equal tensors in the last checkpoint.
 #   tests/slurm/run.sh                  all checks; installs SLURM by apt-get where it is missing, so run it as root
 #   tests/slurm/run.sh time_limit ...   these
 #   WORK=DIR    keeps logs, runs and the configuration of SLURM in a new folder DIR
@@ -59,7 +59,7 @@ ended() { # JOB
 
 completes() { # JOB: without further help
     pause 0
-    wait_until 180 "end of job $1" ended "$1"
+    wait_until 300 "end of job $1" ended "$1"
     job_is "$1" COMPLETED || fail "job $1 is $(state_of "$1")"
 }
 
@@ -94,6 +94,7 @@ check_time_limit() { # it saves when SLURM says so, goes back to the queue, and 
     pause 1.5
     job="$(REQUEUE=1 submit time_limit --time=1 --signal=B:USR1@20)"
     wait_until 120 "requeue" restarted "$job"
+    scontrol update "job=$job" TimeLimit=60 # a second one is not wanted, however slow this machine is
     has_trained time_limit 1 || fail "nothing trained before the time limit"
     completes "$job"
     resumed time_limit
@@ -255,4 +256,4 @@ main() {
     echo "all ${#checks[@]} checks passed"
 }
 
-main "$@"
+main "$@"; exit
