@@ -4,14 +4,16 @@
 # metrics of every iteration, at full precision, and equal tensors in the last checkpoint.
 #   tests/slurm/run.sh                  all checks; installs SLURM by apt-get where it is missing, so run it as root
 #   tests/slurm/run.sh time_limit ...   these
-#   WORK=DIR    keeps logs, runs and the configuration of SLURM in a new folder DIR
+#   WORK=DIR    a new folder for logs, runs and the configuration of SLURM, which is kept (default: one under /tmp,
+#               which is kept if a check fails)
 # Needs an environment in which pretrain_gpt.py runs (scripts/environment.sh), no GPU, and 2 cores for some 10 minutes.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 CHECKS=(start time_limit afterok requeue preemption killed_rank killed_agent killed_worker stopped_rank node_down)
+KEPT="${WORK:-}"
 WORK="${WORK:-$(mktemp -d -t megatron_lite-slurm-XXXX)}"
-KEEP="${KEEP:-0}"
 mkdir -p "$WORK"
+WORK="$(cd "$WORK" && pwd)"
 cd "$REPO"
 source tests/slurm/cluster.sh
 
@@ -249,11 +251,14 @@ main() {
             wait_until 90 "idle nodes" nodes_idle 2
         fi
     done
+    stop_cluster
+    trap - EXIT
     if [ ${#failed[@]} -gt 0 ]; then
         echo "${#failed[@]} of ${#checks[@]} checks failed; see $WORK" >&2
         exit 1
     fi
     echo "all ${#checks[@]} checks passed"
+    [ -n "$KEPT" ] || rm -r "$WORK"
 }
 
 main "$@"; exit
