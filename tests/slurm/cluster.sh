@@ -7,12 +7,15 @@ DAEMONS=()
 export SLURM_CONF="$WORK/cluster/slurm.conf"
 
 install_slurm() {
+    [ "$(id -u)" = 0 ] || fail "a SLURM of one's own needs root: its daemons start processes of others"
     local missing=()
     command -v slurmctld > /dev/null || missing+=(slurmctld)
     command -v slurmd > /dev/null || missing+=(slurmd)
     command -v sbatch > /dev/null || missing+=(slurm-client)
     command -v munged > /dev/null || missing+=(munge)
+    command -v ps > /dev/null || missing+=(procps)
     [ ${#missing[@]} -gt 0 ] || return 0
+    command -v apt-get > /dev/null || fail "no apt-get; install what has ${missing[*]} by hand"
     echo "installing ${missing[*]}"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}" > /dev/null
@@ -92,9 +95,9 @@ stop_cluster() {
 
 nodes_idle() { [ "$(sinfo -h -N -p main -t idle -o %N 2> /dev/null | wc -l)" -ge "$1" ]; }
 
-processes_with() { # NAME=VALUE ...: processes that have all of these in their environment, the oldest first
+processes_with() { # NAME=VALUE ...: processes of this cluster that have these in their environment, the oldest first
     local files=(/proc/[0-9]*/environ) line pids
-    for line; do
+    for line in "$@" "SLURM_CONF=$SLURM_CONF"; do
         mapfile -t files < <(grep -lzxF -- "$line" "${files[@]}" 2> /dev/null)
         [ ${#files[@]} -gt 0 ] || return 0
     done
@@ -102,8 +105,13 @@ processes_with() { # NAME=VALUE ...: processes that have all of these in their e
     ps -o pid= --sort=start_time -p "$pids" || true
 }
 
-processes_of_node() { # all, of SLURM and of jobs
-    { processes_with "PRETENDED_NODE=$1"; processes_with "SLURMD_NODENAME=$1"; } | sort -u
+processes_of_node() { # all, of SLURM and of jobs; slurmstepd writes over its environment, and is found as a parent
+    local pids parents
+    pids="$({ processes_with "PRETENDED_NODE=$1"; processes_with "SLURMD_NODENAME=$1"; } | tr -d ' ' | sort -u | paste -sd,)"
+    [ -n "$pids" ] || return 0
+    parents="$(ps -o ppid= -p "$pids" | tr -d ' ' | sort -u | paste -sd,)"
+    ps -o pid= -p "$pids" || true
+    { ps -o pid=,comm= -p "$parents" || true; } | awk '$2 ~ /^slurmstepd/ { print $1 }'
 }
 
 ranks_processes() { # JOB RANK: the rank itself, then its data workers

@@ -1,4 +1,4 @@
-"""Whether two trainings are equal: metrics of every iteration, and the last checkpoint, byte for byte.
+"""Compare two trainings: metrics of every iteration, and all tensors of the last checkpoint, byte for byte.
 
 compare.py RUN RUN
 """
@@ -16,10 +16,13 @@ def metrics(run: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def last_checkpoint(run: Path) -> dict[str, bytes]:
-    """Its files by name."""
+def last_checkpoint(run: Path) -> dict[str, object]:
+    """Its tensors, as the bytes of their files, and its other contents, without the paths in the settings."""
     number = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"iter_{number:07d}").iterdir()}
+    folder = run / "checkpoints" / f"iter_{number:07d}"
+    common = json.loads((folder / "common.json").read_text())
+    del common["config"]
+    return {"common.json": common, **{path.name: path.read_bytes() for path in folder.glob("*.distcp")}}
 
 
 def main() -> None:
