@@ -169,13 +169,13 @@ def _optimizer(config: OptimizerConfig) -> str:
     return f"{kernel} fused {config.optimizer}{stored}{host}"
 
 
-def _queues(strategy: str) -> str:
+def _queues(strategy: str | None) -> str:
     """What start-up says of a setting for the overlap of tensor parallelism that is none for sharded data parallelism.
 
     With one hardware queue a kernel waits for those that were queued before it on any stream: FSDP2's gathers and
     reductions, which run on streams of their own, then wait for the computation that they should overlap.
     """
-    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1" or strategy == "no_shard":
+    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1" or strategy in (None, "no_shard"):
         return ""
     return (
         f"note: CUDA_DEVICE_MAX_CONNECTIONS is 1 with data_parallel_sharding_strategy {strategy}, whose communication "
