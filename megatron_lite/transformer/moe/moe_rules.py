@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
+from megatron_lite.lazy import LazyModule
 from megatron_lite.model_parallel_config import divisors, nearest_multiples
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_lite.transformer.moe.moe_config import MoEConfig
+else:
+    torch = LazyModule("torch")
 
 
 def moe_violations(config: "MoEConfig") -> Iterator[str]:
