@@ -1,10 +1,15 @@
 """ModelParallelConfig: the parallel sizes, the precision, and the rules between them."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_lite.config_field import Validated, knob
+from megatron_lite.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -51,7 +56,9 @@ class ModelParallelConfig(Validated):
     fp16: bool = knob(False, "Compute in float16 with loss scaling; parameters keep float32 masters.")
     bf16: bool = knob(False, "Compute in bfloat16; parameters keep float32 masters.")
     fp64: bool = knob(False, "Compute and store everything in float64, to verify a layout against another.")
-    params_dtype: torch.dtype = knob(torch.float32, "Compute dtype; follows --fp16, --bf16 and --fp64.", flag=False)
+    params_dtype: "torch.dtype" = knob(
+        None, "Compute dtype, else float32; follows --fp16, --bf16 and --fp64.", flag=False
+    )
     deterministic_mode: bool = knob(False, "Choose deterministic kernels, at some cost in speed.")
     disable_bf16_reduced_precision_matmul: bool = knob(
         False,
@@ -65,13 +72,14 @@ class ModelParallelConfig(Validated):
     def __post_init__(self) -> None:
         if self.expert_tensor_parallel_size is None:
             self.expert_tensor_parallel_size = self.tensor_model_parallel_size
+        self.params_dtype = self.params_dtype or torch.float32
         chosen = {torch.float16: self.fp16, torch.bfloat16: self.bf16, torch.float64: self.fp64}
         for dtype, wanted in chosen.items():
             if wanted:
                 self.params_dtype = dtype
 
     @property
-    def main_params_dtype(self) -> torch.dtype:
+    def main_params_dtype(self) -> "torch.dtype":
         """The dtype parameters are stored and updated in: float64 under --fp64, otherwise float32."""
         return torch.float64 if self.params_dtype == torch.float64 else torch.float32
 

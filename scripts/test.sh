@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Runs every check: ruff, mypy, pytest. Arguments go to pytest: scripts/test.sh -k checkpoint
+# With --full also what takes hours, and other versions of Python and torch: see scripts/test_full.sh.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$REPO"
+if [ "${1:-}" = --full ]; then
+    exec scripts/test_full.sh "${@:2}"
+fi
 source scripts/environment.sh
 ensure_environment dev
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from megatron_lite.arguments.checkpoint_settings import add_checkpoint_settings
 from megatron_lite.arguments.convert import NO, YES, convert, takes_many
+from megatron_lite.arguments.help import HelpAction
 from megatron_lite.arguments.huggingface_settings import add_huggingface_settings
 from megatron_lite.arguments.megatron_compat import (
     ALIASES,
@@ -90,9 +91,21 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
     general = parser.add_argument_group("general")
-    general.add_argument("--config", "--yaml-cfg", metavar="FILE", help="YAML file of settings, such as a preset.")
+    general.add_argument(
+        "-h",
+        "--help",
+        action=HelpAction,
+        nargs="?",
+        metavar="TOPIC",
+        titles={"general": "general"} | TITLES,
+        help="List the topics of the flags; with a TOPIC its flags, with all every flag, with a flag that one.",
+    )
+    general.add_argument(
+        "--config", "--yaml-cfg", metavar="FILE", help="YAML file of settings, or the name of a preset."
+    )
     general.add_argument(
         "--print-config", action="store_true", help="Print every setting and where it came from as YAML, and exit."
     )

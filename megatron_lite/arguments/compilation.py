@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
-
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
 
@@ -38,6 +36,8 @@ def settle_compilation(run: RunConfig) -> list[str]:
     """Without --compile or --no-compile: compile on a GPU what can be compiled. Returns what start-up should say."""
     if run.training.compile is not None:
         return []
+    import torch
+
     on_gpu = torch.cuda.is_available() and run.distributed.distributed_backend != "gloo"
     obstacles = list(compilation_problems(run))
     if run.transformer.pipeline_model_parallel_size > 1 and run.transformer.schedule in SPLIT_BACKWARD:

@@ -60,14 +60,13 @@ def all_options() -> tuple[Option, ...]:
     group_types = get_type_hints(RunConfig)
     opposites: list[tuple[Option, str, bool]] = []
     for group in GROUPS:
-        hints = get_type_hints(group_types[group])
         for described in dataclasses.fields(group_types[group]):
             flag: Flag | None = described.metadata.get(FLAG)
             if flag is None or flag.hidden or described.name in seen:
                 continue
             seen.add(described.name)
-            default = field_default(described)
-            flags = _switches(described.name, flag, default) if hints[described.name] in _SWITCHES else {}
+            default, hint = field_default(described), described.type
+            flags = _switches(described.name, flag, default) if hint in _SWITCHES else {}
             if not flags:
                 flags = dict.fromkeys(flag.names or (dashed(described.name),))
             clash = taken.intersection(flags)
@@ -75,7 +74,7 @@ def all_options() -> tuple[Option, ...]:
                 raise AssertionError(f"{group}.{described.name}: {sorted(clash)} already belong to another field")
             taken.update(flags)
             option = Option(
-                group, described.name, hints[described.name], default, flag.help, flags, tuple(flags), flag.choices,
+                group, described.name, hint, default, flag.help, flags, tuple(flags), flag.choices,
                 flag.metavar,
             )  # fmt: skip
             found.append(option)

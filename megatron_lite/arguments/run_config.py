@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from megatron_lite.checkpoint.config import CheckpointConfig
 from megatron_lite.config_field import Validated
-from megatron_lite.context_parallel import get_padding
+from megatron_lite.data_parallel_config import DistributedDataParallelConfig
 from megatron_lite.datasets.config import DataConfig
-from megatron_lite.distributed.config import DistributedDataParallelConfig
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.optimizer.config import OptimizerConfig, SchedulerConfig
 from megatron_lite.tokenizers.config import TokenizerConfig
@@ -94,6 +91,8 @@ class RunConfig(Validated):
     @property
     def padding(self) -> int:
         """Tokens that context and sequence parallelism lack at the end of a sample to split it evenly."""
+        from megatron_lite.context_parallel import get_padding
+
         sizes = self.transformer
         return get_padding(
             self.sequence_length,
@@ -109,6 +108,8 @@ class RunConfig(Validated):
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The groups as plain values (numbers, text, lists), for checkpoints and logs; functions are left out."""
+        import torch
+
         plain: dict[str, dict[str, Any]] = {}
         for name, group in self.groups():
             values = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}  # type: ignore[arg-type]

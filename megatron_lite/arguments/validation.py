@@ -3,8 +3,6 @@
 import importlib.util
 from collections.abc import Iterator
 
-import torch
-
 from megatron_lite.arguments.compilation import compilation_problems
 from megatron_lite.arguments.huggingface_settings import huggingface_violations
 from megatron_lite.arguments.moe_rules import experts_between_groups
@@ -266,6 +264,8 @@ def _features(run: RunConfig) -> Iterator[str]:
 def _package(run: RunConfig, setting: str, name: str, extensions: tuple[str, ...], otherwise: str) -> Iterator[str]:
     """What the package `name` asks for, whose modules, and `extensions`, compute what a setting says."""
     remedy = f"write --{setting.replace('_', '-')} {otherwise}"
+    import torch
+
     if run.transformer.fp64:
         yield f"{setting} is {name} with fp64, which that package does not compute in: {remedy}."
     elif run.dry_run:

@@ -1,6 +1,6 @@
 """Data parallelism: FSDP2 wrapping and the last reductions of gradients."""
 
-from megatron_lite.distributed.config import DistributedDataParallelConfig
+from megatron_lite.data_parallel_config import DistributedDataParallelConfig
 from megatron_lite.distributed.data_parallel import (
     accumulate_gradients,
     begin_pipelined_step,

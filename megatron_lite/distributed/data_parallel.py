@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
-from megatron_lite.distributed.config import DistributedDataParallelConfig
+from megatron_lite.data_parallel_config import DistributedDataParallelConfig
 from megatron_lite.model_parallel_config import ModelParallelConfig
 from megatron_lite.tensor_parallel.parameters import local
 

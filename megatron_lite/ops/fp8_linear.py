@@ -29,12 +29,13 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from megatron_lite.gradient_pass import computes
+from megatron_lite.ops import fp8_choices
 from megatron_lite.process_groups import computes_on_gpu, group_size
 from megatron_lite.tensor_parallel import collectives
 
-FORMATS = {"e4m3": torch.float8_e4m3fn, "hybrid": torch.float8_e5m2}
+FORMATS = dict(zip(fp8_choices.FORMATS, (torch.float8_e4m3fn, torch.float8_e5m2), strict=True))
 """Name of a format -> the dtype of gradients; inputs and weights are e4m3 in both."""
-RECIPES = ("tensorwise", "rowwise")
+RECIPES = fp8_choices.RECIPES
 MULTIPLE = 16
 """What the sizes of operands must be a multiple of, for the kernels."""
 

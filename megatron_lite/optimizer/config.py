@@ -1,10 +1,15 @@
 """The knobs of the optimizer and of the learning rate and weight decay schedules."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_lite.config_field import Validated, knob
+from megatron_lite.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 LR_WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -14,7 +19,7 @@ MOMENT_DTYPES = ("fp32", "bf16")
 WEIGHT_DECAY_INCR_STYLES = ("constant", "linear", "cosine")
 
 
-def moment_dtype(name: str, main_dtype: torch.dtype) -> torch.dtype:
+def moment_dtype(name: str, main_dtype: "torch.dtype") -> "torch.dtype":
     """The dtype that a moment is stored in: "fp32" stands for that of the master weights (float64 under --fp64)."""
     return torch.bfloat16 if name == "bf16" else main_dtype
 

@@ -2,22 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Any
 
 from megatron_lite.config_field import knob
+from megatron_lite.lazy import LazyModule
 from megatron_lite.model_parallel_config import divisors as divisors
 from megatron_lite.model_parallel_config import nearest_multiples as nearest_multiples
-from megatron_lite.ops.fp8_linear import FORMATS, RECIPES
-from megatron_lite.transformer.activations import quick_gelu, squared_relu
+from megatron_lite.ops.fp8_choices import FORMATS, RECIPES
 from megatron_lite.transformer.attention_choices import cp_comm_type_of as cp_comm_type_of
 from megatron_lite.transformer.attention_choices import uses_window as uses_window
 from megatron_lite.transformer.attention_config import AttentionConfig
-from megatron_lite.transformer.fp8 import fp8_violations
 from megatron_lite.transformer.moe.moe_config import is_moe_layer
 from megatron_lite.transformer.moe.moe_rules import deep_ep_violations, layer_frequency_violations
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+else:
+    torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
 
 
 @dataclass
@@ -49,7 +51,7 @@ class TransformerConfig(AttentionConfig):
     glu_linear_offset: float = knob(0.0, "Gated MLP: add this to the up half: act(gate) * (up + offset).")
     openai_gelu: bool = knob(False, "The tanh form of gelu as OpenAI wrote it, with or without the next.")
     bias_gelu_fusion: bool = knob(True, "gelu in the tanh form of Megatron's fused kernel; off: the exact, erf form.")
-    activation_func: Callable[[torch.Tensor], torch.Tensor] = knob(F.gelu, "MLP activation.", flag=False)
+    activation_func: "Callable[[torch.Tensor], torch.Tensor]" = knob(None, "MLP activation; default gelu.", flag=False)
     gated_linear_unit: bool = knob(False, "The MLP multiplies its activation by a second projection.", flag=False)
     apply_residual_connection_post_layernorm: bool = knob(
         False, "The residual connection starts from the norm's output instead of its input."
@@ -65,7 +67,7 @@ class TransformerConfig(AttentionConfig):
         "Multiply the linear layers of transformer layers in 8-bit floating point: e4m3, or hybrid, which has e5m2 for "
         "gradients, but those of routed experts.",
         flag="--fp8-format",
-        choices=tuple(FORMATS),
+        choices=FORMATS,
     )
     fp8_recipe: str = knob(
         "tensorwise",
@@ -88,11 +90,11 @@ class TransformerConfig(AttentionConfig):
     init_method_std: float = knob(0.02, "Standard deviation of the initial weights.")
     embedding_init_method_std: float | None = knob(None, "The same for the embeddings; default --init-method-std.")
     init_method_xavier_uniform: bool = knob(False, "Draw initial weights from Xavier's uniform distribution.")
-    init_method: Callable[[torch.Tensor], Any] | None = knob(None, "Fills a weight; default normal.", flag=False)
-    output_layer_init_method: Callable[[torch.Tensor], Any] | None = knob(
+    init_method: "Callable[[torch.Tensor], Any] | None" = knob(None, "Fills a weight; default normal.", flag=False)
+    output_layer_init_method: "Callable[[torch.Tensor], Any] | None" = knob(
         None, "Fills the last matrix of each block; default normal, std / sqrt(2 num_layers).", flag=False
     )
-    embedding_init_method: Callable[[torch.Tensor], Any] | None = knob(None, "Fills the embeddings.", flag=False)
+    embedding_init_method: "Callable[[torch.Tensor], Any] | None" = knob(None, "Fills the embeddings.", flag=False)
 
     # Loss
     mtp_loss_scaling_factor: float = knob(
@@ -148,6 +150,10 @@ class TransformerConfig(AttentionConfig):
             self.recompute_modules = list(dict.fromkeys(self.recompute_modules))
 
     def _choose_activation(self) -> None:
+        from megatron_lite.transformer.activations import quick_gelu, squared_relu
+
+        if self.activation_func is None:
+            self.activation_func = F.gelu
         for flag, function, gated in (
             ("swiglu", F.silu, True),
             ("geglu", F.gelu, True),
@@ -212,6 +218,8 @@ class TransformerConfig(AttentionConfig):
         for name in ("layernorm_epsilon", "init_method_std", "embedding_init_method_std"):
             if (getattr(self, name) or 0.0) < 0.0:
                 found.append(f"{name} is {getattr(self, name)}, but it must not be negative; leave it out.")
+        from megatron_lite.transformer.fp8 import fp8_violations  # needs torch, which reading the fields does not
+
         found += layer_frequency_violations(self, self.num_layers)
         found += deep_ep_violations(self, self.hidden_size)
         found += fp8_violations(self)
@@ -291,10 +299,10 @@ class TransformerConfig(AttentionConfig):
         return found
 
 
-def normal_init(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def normal_init(std: float) -> "Callable[[torch.Tensor], torch.Tensor]":
     """An initializer that draws from a normal distribution of mean 0 and the given standard deviation."""
 
-    def initialize(tensor: torch.Tensor) -> torch.Tensor:
+    def initialize(tensor: "torch.Tensor") -> "torch.Tensor":
         return torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
     return initialize

@@ -28,6 +28,7 @@ import torch
 from megatron_lite import parallel_state
 from megatron_lite.arguments import parse_args, read_settings
 from megatron_lite.arguments.command_line import build_parser
+from megatron_lite.commands import COMMANDS
 from megatron_lite.context_parallel import zigzag_positions
 from megatron_lite.dry_run import dry_run
 from megatron_lite.model_parallel_config import CP_COMM_TYPES
@@ -132,6 +133,9 @@ def program_of(words: list[str]) -> tuple[str, list[str]] | None:
     for position, word in enumerate(words):
         if word.startswith(("tools/", "scripts/", "tests/slurm/")) or word == "pretrain_gpt.py":
             return word, words[position + 1 :]
+        if word in ("megatron-lite", "megatron_lite"):
+            command, *given = words[position + 1 :]
+            return COMMANDS[command][0].removeprefix("megatron_lite.").replace(".", "/") + ".py", given
     return None
 
 
@@ -203,7 +207,7 @@ def test_commands_are_sound(block: Block, monkeypatch: pytest.MonkeyPatch) -> No
                 with pytest.raises(SystemExit) as ended:
                     parse_args(given)
                 assert not ended.value.code
-                assert "hidden" in shown.getvalue()
+                assert ("hidden_size" if "--print-config" in given else "  --") in shown.getvalue()
             else:
                 dry = [] if "--dry-run" in given else ["--dry-run", "--world-size", str(ranks_of(words))]
                 dry_run(parse_args(given + dry))
@@ -261,7 +265,7 @@ def test_flags_in_the_text_exist() -> None:
         known |= _flags_of_tool(tool)
     known |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
     known |= {"--time", "--nodes", "--signal", "--requeue", "--batch"}  # of SLURM
-    known |= {"--full-matrix", "--layout-table"}  # of our tests, in tests/conftest.py
+    known |= {"--full-matrix", "--layout-table", "--full"}  # of our tests, in tests/conftest.py
     wrong = {}
     for page in PAGES:
         prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -88,7 +88,7 @@ def test_a_wheel_brings_commands_and_presets(tmp_path: Path) -> None:
     assert "megatron-lite = megatron_lite.commands:main" in entry_points
     presets = (tmp_path / "installed" / "megatron_lite" / "presets").glob("*.yaml")
     assert sorted(path.stem for path in presets) == preset_names()
-    words = ["pretrain", "--config", "quickstart_cpu", "--mock-data", "--print-config"]
+    words = ["pretrain", "--config", "quickstart", "--mock-data", "--print-config"]
     shown = subprocess.run(
         [sys.executable, "-m", "megatron_lite", *words],
         cwd=tmp_path,
@@ -97,4 +97,4 @@ def test_a_wheel_brings_commands_and_presets(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert "hidden_size: 128  # quickstart_cpu:6" in shown
+    assert "hidden_size: 256  # quickstart:6" in shown

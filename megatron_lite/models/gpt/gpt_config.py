@@ -1,9 +1,12 @@
 """GPTModelConfig: vocabulary and position embeddings, what a GPT has besides its transformer layers."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_lite.config_field import Validated, knob
-from megatron_lite.transformer.rope import YarnScaling
+
+if TYPE_CHECKING:
+    from megatron_lite.transformer.rope import YarnScaling
 
 POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "yarn", "none")
 
@@ -52,13 +55,15 @@ class GPTModelConfig(Validated):
         if self.use_rotary_position_embeddings:
             self.position_embedding_type = "rope"
 
-    def yarn(self, multi_latent_attention: bool = False) -> YarnScaling | None:
+    def yarn(self, multi_latent_attention: bool = False) -> "YarnScaling | None":
         """The settings of YaRN, None unless it is the position embedding, in latent attention by default."""
         kind = self.position_embedding_type
         if kind == "rope" and multi_latent_attention and self.rope_type != "rope":
             kind = "yarn"
         if kind != "yarn":
             return None
+        from megatron_lite.transformer.rope import YarnScaling
+
         return YarnScaling(
             scaling_factor=self.rotary_scaling_factor,
             original_max_position_embeddings=self.yarn_original_max_position_embeddings,

@@ -1,7 +1,6 @@
 """Mixture of experts: router, balance, dispatch, grouped experts."""
 
-import importlib
-from typing import Any
+from megatron_lite.lazy import names_from
 
 _HOMES = {
     "AllGatherTokenDispatcher": "token_dispatcher",
@@ -19,9 +18,4 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    """The public names, each imported when first asked for: TransformerConfig needs moe_config before the rest."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = names_from(__name__, _HOMES)  # TransformerConfig needs moe_config before the rest

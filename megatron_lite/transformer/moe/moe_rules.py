@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
+from megatron_lite.lazy import LazyModule
 from megatron_lite.model_parallel_config import divisors, nearest_multiples
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_lite.transformer.moe.moe_config import MoEConfig
+else:
+    torch = LazyModule("torch")
 
 # Of DeepEP's high-throughput kernels on Hopper: the numbers of ranks that get_dispatch_config and get_combine_config
 # know; a token of bfloat16 is copied in two halves of whole 16 bytes, inside a node by way of 8 KiB with 8 bytes for a

@@ -11,7 +11,7 @@ from megatron_lite.checkpoint.huggingface.families import FAMILIES
 from megatron_lite.errors import ConfigError
 from tests.unit.checkpoint.huggingface import tiny_models
 
-ABSENT = object()
+ABSENT = "(absent)"
 HEADS: dict[str, list[Any]] = {
     "num_key_value_heads": [ABSENT, None, 1, 2, 4, 3],
     "head_dim": [ABSENT, None, 8, 12, 6, 0],
