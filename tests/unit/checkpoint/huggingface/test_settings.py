@@ -229,6 +229,21 @@ def test_a_null_window_is_none(tmp_path: Path) -> None:
     assert read_architecture(write(tmp_path, **values, sliding_window=None))[1].transformer.window_size is None
 
 
+def test_exports_have_the_kinds_that_transformers_wants(tmp_path: Path) -> None:
+    """It refuses null and whole numbers in these places, and a gpt-oss without a width of windows.
+
+    Mutations: null for no shared experts; a whole epsilon written so; no width where no layer has a window.
+    """
+    values = changed("deepseek_v3", n_shared_experts=0)
+    assert config_of(read_architecture(write(tmp_path, **values))[1])[1]["n_shared_experts"] == 0
+    epsilon = config_of(read_architecture(write(tmp_path, **changed("llama3_8b", rms_norm_eps=1)))[1])[1][
+        "rms_norm_eps"
+    ]
+    assert type(epsilon) is float
+    values = changed("gpt_oss_20b", layer_types=["full_attention"] * 24)
+    assert config_of(read_architecture(write(tmp_path, **values))[1])[1]["sliding_window"] == 128
+
+
 def test_one_of_two_sources_of_weights(tmp_path: Path) -> None:
     """Mutation: one of them silently wins."""
     folder = write(tmp_path, **RELEASED["llama3_8b"])
