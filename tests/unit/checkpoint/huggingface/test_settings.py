@@ -142,7 +142,7 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("llama3_8b", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "per_layer_config is"),
     ("llama3_8b", {"rope_scaling": {"full_attention": {"rope_type": "yarn"}}}, "full_attention"),
     ("llama3_8b", {"rope_scaling": {"type": "linear"}}, "factor .* is None"),
-    ("llama3_8b", {"hidden_size": 4100, "head_dim": 128}, "hidden_size is 4100"),
+    ("llama3_8b", {"hidden_size": 4100, "head_dim": 96}, "hidden_size is 4100.*type want a multiple"),
     ("llama3_8b", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
     ("llama3_8b", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
     ("llama3_8b", {"num_key_value_heads": "8"}, "num_key_value_heads is '8'"),
@@ -229,6 +229,21 @@ def test_a_null_window_is_none(tmp_path: Path) -> None:
     values = changed("llama3_8b", model_type="qwen2", use_sliding_window=True, max_window_layers=0)
     assert read_architecture(write(tmp_path, **values))[1].transformer.window_size == (4095, 0)
     assert read_architecture(write(tmp_path, **values, sliding_window=None))[1].transformer.window_size is None
+
+
+def test_exports_have_the_kinds_that_transformers_wants(tmp_path: Path) -> None:
+    """It refuses null and whole numbers in these places, and a gpt-oss without a width of windows.
+
+    Mutations: null for no shared experts; a whole epsilon written so; no width where no layer has a window.
+    """
+    values = changed("deepseek_v3", n_shared_experts=0)
+    assert config_of(read_architecture(write(tmp_path, **values))[1])[1]["n_shared_experts"] == 0
+    epsilon = config_of(read_architecture(write(tmp_path, **changed("llama3_8b", rms_norm_eps=1)))[1])[1][
+        "rms_norm_eps"
+    ]
+    assert type(epsilon) is float
+    values = changed("gpt_oss_20b", layer_types=["full_attention"] * 24)
+    assert config_of(read_architecture(write(tmp_path, **values))[1])[1]["sliding_window"] == 128
 
 
 def test_one_of_two_sources_of_weights(tmp_path: Path) -> None:
