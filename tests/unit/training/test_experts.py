@@ -178,7 +178,7 @@ def test_a_dense_run_says_nothing_of_experts(monkeypatch, capsys):
 
 
 def test_the_bias_moves_once_a_step_and_evaluation_counts_nothing(monkeypatch):
-    """Two micro-batches a step, an evaluation before the third; a rate of 0.5 shows each move.
+    """Two micro-batches a step, an evaluation after the second; a rate of 0.5 shows each move.
 
     Mutations: a router that records in evaluation leaves counts behind; an update in each micro-batch moves twice.
     """
@@ -206,17 +206,17 @@ def test_the_bias_moves_once_a_step_and_evaluation_counts_nothing(monkeypatch):
 
     monkeypatch.setattr(train, "train_step", watched_step)
     monkeypatch.setattr(train, "evaluate", watched_evaluate)
-    words = ["--train-iters", "3", "--eval-interval", "2", "--eval-iters", "2", "--global-batch-size", "4"]
+    words = ["--train-iters", "4", "--eval-interval", "2", "--eval-iters", "2", "--global-batch-size", "4"]
     run(monkeypatch, *MOCK, *BIAS, *words, "--moe-router-bias-update-rate", "0.5", "--log-interval", "100")
-    assert len(seen) == 3
+    assert len(seen) == 4
     for number, routers in enumerate(seen, start=1):
         for bias, counted in routers:
             assert counted == 0
             assert bias.abs().max() <= 0.5 * number
             assert torch.equal(bias * 2, (bias * 2).round())
     assert seen[0][0][0].any()
-    # After iteration 1 a line was logged, and its counts read: 4 sequences of 16 tokens, 2 experts each.
-    assert counts_before_evaluation == [128, 128, 256]
+    # After iterations 1 and 2 a line was logged, and the counts read: 4 sequences of 16 tokens, 2 experts each.
+    assert counts_before_evaluation == [128, 128, 128, 256]
 
 
 def test_a_skipped_step_moves_the_bias_too(monkeypatch):
