@@ -24,7 +24,10 @@ def group_rank(group: ProcessGroup | None) -> int:
 
 def device_type_of(group: ProcessGroup | None = None) -> str:
     """ "cuda" where the tensors that a group (default: of all ranks) exchanges are on GPUs, else "cpu"."""
-    return "cuda" if dist.get_backend(group) in ("nccl", GLOO_ON_GPU) else "cpu"
+    backend = dist.get_backend(group)
+    if backend == "undefined":  # init_process_group without a backend: one for each kind of device that is there
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if "nccl" in backend or "cuda:" in backend else "cpu"
 
 
 def computes_on_gpu() -> bool:

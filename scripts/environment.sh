@@ -39,9 +39,11 @@ ensure_environment() {
             fi
             "$python" -m venv "$VENV" || return 1
         fi
-        # Compiled when first imported instead: of torch's thousands of files a run imports a part.
-        local install=("$VENV/bin/python" -m pip install --no-compile --disable-pip-version-check)
-        if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
+        local install=("$VENV/bin/python" -m pip install --disable-pip-version-check)
+        # Of torch's thousands of files a run imports a part, which is compiled when first imported. Where Python may
+        # not write what it compiled, every import would compile it again.
+        [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || install+=(--no-compile)
+        if [ "$("$VENV/bin/python" -c 'import torch; print(torch.__version__.partition("+")[0])' 2>/dev/null)" != "$TORCH_VERSION" ]; then
             echo "Installing torch $TORCH_VERSION (once; with its CUDA libraries gigabytes are downloaded)"
             "${install[@]}" "torch==$TORCH_VERSION" || return 1
         fi

@@ -14,7 +14,7 @@ ensure_environment dev
 echo "== ruff"
 ruff check .
 ruff format --check .
-# Beside the tests, as it uses one core.
+# Alongside the tests, as it uses one core.
 echo "== mypy"
 mypy megatron_lite pretrain_gpt.py tools &
 types=$!

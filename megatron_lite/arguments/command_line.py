@@ -22,7 +22,7 @@ from megatron_lite.arguments.megatron_compat import (
 from megatron_lite.arguments.options import Option, all_options, keys
 from megatron_lite.arguments.origins import null_tokenizer_of_file
 from megatron_lite.arguments.run_config import GROUPS
-from megatron_lite.arguments.yaml_file import read_yaml
+from megatron_lite.arguments.yaml_file import Entry, read_yaml
 from megatron_lite.errors import ConfigError
 
 TITLES = {
@@ -220,6 +220,7 @@ def _read_flags(settings: Settings, given: dict[str, Any], compat: dict[str, Any
 
 
 def _read_file(settings: Settings, path: str, compat: dict[str, Any]) -> None:
+    aliases: list[Entry] = []
     for entry in read_yaml(path, GROUPS):
         key = entry.key.replace("-", "_")
         if key in keys():
@@ -228,18 +229,26 @@ def _read_file(settings: Settings, path: str, compat: dict[str, Any]) -> None:
                 _set_opposite(settings, option, entry.value, entry.where)
             else:
                 _set(settings, option.field, entry.value, option.hint, entry.where)
-        elif (alias := dashed_alias(key)) in ALL_ALIASES:
-            targets = ALL_ALIASES[alias]
-            if None in targets.values() or str(entry.value).lower() in YES:
-                _remark_on_withdrawn(settings, alias, targets, entry.value)
-                for target, value in targets.items():
-                    hint = keys()[target][0].hint
-                    _set(settings, target, entry.value if value is None else value, hint, entry.where)
+        elif dashed_alias(key) in ALL_ALIASES:
+            aliases.append(entry)
         elif key in compat_keys():
             if entry.value is not None and str(entry.value).lower() not in NO[:3]:
                 compat[compat_keys()[key].name] = entry.value
         else:
             settings.problems.append(f"{entry.where}: {entry.key} is not a setting{_closest(key, list(keys()))}.")
+    for entry in aliases:  # after all else, as they set what nothing else in the file sets
+        _set_alias(settings, entry)
+
+
+def _set_alias(settings: Settings, entry: Entry) -> None:
+    alias = dashed_alias(entry.key.replace("-", "_"))
+    targets = {target: value for target, value in ALL_ALIASES[alias].items() if target not in settings.values}
+    # A switch that is off, and a value that is null, ask for nothing.
+    is_asked = entry.value is not None if None in ALL_ALIASES[alias].values() else str(entry.value).lower() in YES
+    if is_asked:
+        _remark_on_withdrawn(settings, alias, targets, entry.value)
+        for target, value in targets.items():
+            _set(settings, target, entry.value if value is None else value, keys()[target][0].hint, entry.where)
 
 
 def _remark_on_withdrawn(settings: Settings, alias: str, targets: dict[str, str | None], value: Any) -> None:

@@ -34,6 +34,9 @@ WITHDRAWN_ALIASES: dict[str, dict[str, str | None]] = {
 }
 ALL_ALIASES = ALIASES | WITHDRAWN_ALIASES
 
+# What `str` makes of a setting that nobody gave, or that is off.
+NOT_SET = ("None", "False")
+
 # Refused flags that ask for nothing special alongside one of these settings: flag -> field -> values, as text; None is
 # the value of the flag itself.
 HARMLESS_WITH: dict[str, dict[str, tuple[str | None, ...]]] = {
@@ -42,8 +45,10 @@ HARMLESS_WITH: dict[str, dict[str, tuple[str | None, ...]]] = {
         "use_rotary_position_embeddings": ("True",),
     },
     "--eval-global-batch-size": {"global_batch_size": (None,)},
-    "--fp8-amax-history-len": {"fp8_recipe": ("tensorwise",)},
-    "--fp8-amax-compute-algo": {"fp8_recipe": ("tensorwise",)},
+    "--fp8-amax-history-len": {"fp8": NOT_SET, "fp8_recipe": ("tensorwise",)},
+    "--fp8-amax-compute-algo": {"fp8": NOT_SET, "fp8_recipe": ("tensorwise",)},
+    "--ddp-reduce-scatter-with-fp32-accumulation": {"grad_reduce_in_bf16": NOT_SET},
+    "--ddp-param-name-patterns-for-fp32-local-accumulation": {"grad_reduce_in_bf16": NOT_SET},
 }
 
 

@@ -114,7 +114,7 @@ NO_EFFECT: dict[str, str] = {
         --disable-ckpt-load-validate-sharding-integrity --no-strict-fsdp-dtensor-load
         --disable-strict-fsdp-dtensor-load --dist-ckpt-strictness= --dist-ckpt-optim-fully-reshardable
         --distrib-optim-fully-reshardable-mem-efficient --no-save-tokenizer-assets --disable-save-tokenizer-assets
-        --use-dist-ckpt --dist-ckpt-format= --dist-ckpt-workers=
+        --use-dist-ckpt --dist-ckpt-format=torch_dist|torch_dcp --dist-ckpt-workers=
         --ckpt-fully-parallel-save --ckpt-drop-redundant-extra-state
     """,
     "checkpoints are of torch.distributed.checkpoint, as torch_dist is; other formats cannot be read, nor written": """
@@ -130,8 +130,8 @@ NO_EFFECT: dict[str, str] = {
     """,
     "buckets and buffers of data parallel communication are managed by torch": """
         --ddp-num-buckets= --ddp-bucket-size= --ddp-pad-buckets-for-high-nccl-busbw
-        --ddp-reduce-scatter-with-fp32-accumulation --gtp-remat-reduce-scatter-with-fp32-accumulation
-        --ddp-param-name-patterns-for-fp32-local-accumulation=* --ddp-average-in-collective --megatron-fsdp-version=
+        --gtp-remat-reduce-scatter-with-fp32-accumulation
+        --ddp-average-in-collective --megatron-fsdp-version=
         --no-use-layer-wise-param-layout --use-nccl-ub --disable-symmetric-registration --gtp-remat-nccl-ub
         --gtp-expert-remat-nccl-ub --fsdp-manual-registration --fsdp-double-buffer
         --suggested-communication-unit-size= --keep-fp8-transpose-cache
@@ -154,7 +154,7 @@ NO_EFFECT: dict[str, str] = {
     "Megatron-LM reads it with --modelopt-enabled alone": """
         --export-te-mcore-model --export-force-local-attention --export-default-te-spec --enable-gpt-oss
     """,
-    "Megatron-LM reads it for inference alone": """
+    "--check-weight-hash-across-dp-replicas-interval compares weights over ranks here": """
         --test-mode
     """,
     "an evaluation has the micro-batch size of training, which changes no result": """
@@ -239,8 +239,11 @@ REFUSED: dict[str, str] = {
         --bert-embedder-type= --mamba-inference-conv-states-dtype= --mamba-inference-ssm-states-dtype= --spec=*
         --hybrid-layer-pattern= --hybrid-override-pattern=
     """,
+    "with --grad-reduce-in-bf16 gradients are accumulated and summed in bfloat16": """
+        --ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-for-fp32-local-accumulation=*
+    """,
     "fp8 scales are those of the tensor at hand (--fp8-recipe tensorwise or rowwise), not of earlier steps": """
-        --fp8-margin=0 --fp8-amax-history-len= --fp8-amax-compute-algo=
+        --fp8-margin=0 --fp8-amax-history-len=1 --fp8-amax-compute-algo=most_recent
     """,
     "fp8 is for the products of linear layers; parameters, their communication and the output layer are not in fp8": """
         --fp8-output-proj --reuse-grad-buf-for-mxfp8-param-ag

@@ -105,7 +105,7 @@ def _differing(tensors: dict[str, Tensor], group: dist.ProcessGroup | None, whos
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return [
         f"the {whose} should hold equal copies of {shown}, but they differ. A gradient was not reduced, or a rank "
-        "has computed something else; the last checkpoint is from before this."
+        "has computed something else; a checkpoint written since may hold it too."
     ]
 
 

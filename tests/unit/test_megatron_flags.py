@@ -137,10 +137,41 @@ def test_what_would_change_the_run_is_refused_by_name(words: list[str], named: s
         ["--moe-combine-bwd-dtype", "bf16"],
         ["--fp8-margin", "0"],
         ["--fp8-recipe", "tensorwise", "--fp8-amax-history-len", "1024", "--fp8-amax-compute-algo", "max"],
+        ["--fp8-amax-history-len", "1024"],
+        ["--fp8-format", "hybrid", "--fp8-amax-history-len", "1", "--fp8-amax-compute-algo", "most_recent"],
+        ["--ddp-reduce-scatter-with-fp32-accumulation"],
+        ["--ddp-param-name-patterns-for-fp32-local-accumulation", "all"],
     ],
 )
 def test_values_that_ask_for_nothing_special_pass(words: list[str]) -> None:
     assert not read_settings(words).problems
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--ddp-reduce-scatter-with-fp32-accumulation", "--ddp-param-name-patterns-for-fp32-local-accumulation all"],
+)
+def test_sums_in_float32_are_not_promised_in_bfloat16(flag: str) -> None:
+    (problem,) = read_settings(["--grad-reduce-in-bf16", *flag.split()]).problems
+    assert f"{flag} is given, but not supported: with --grad-reduce-in-bf16" in problem
+
+
+@pytest.mark.parametrize("number_first", [True, False])
+def test_withdrawn_settings_in_a_file(tmp_path: Path, number_first: bool) -> None:
+    """Null asks for nothing, and what the file says wins over what an alias implies, in any order.
+
+    Mutations: aliases set where they stand; null taken for a value.
+    """
+    lines = ["recompute_num_layers: 2", "activations_checkpoint_method: uniform"]
+    path = tmp_path / "old.yaml"
+    path.write_text("\n".join(lines if number_first else reversed(lines)))
+    values = {name: value for name, (value, _) in read_settings(["--config", str(path)]).values.items()}
+    assert values["recompute_num_layers"] == 2
+    assert (values["recompute_granularity"], values["recompute_method"]) == ("full", "uniform")
+    path.write_text("activations_checkpoint_method: null\nactivations_checkpoint_granularity: null\n")
+    settings = read_settings(["--config", str(path)])
+    assert not settings.notices
+    assert not any("recompute" in name for name in settings.values)
 
 
 def test_compatibility_in_a_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_lite import parallel_state
-from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
+from megatron_lite.process_groups import ProcessGroupCollection, device_type_of, group_rank, group_size
 from megatron_lite.rank_generator import ParallelLayoutError
 from megatron_lite.training.initialize import training_device
 from tests.parallel.pool import WorkerPool
@@ -239,3 +239,21 @@ def test_the_interpreter_exits_cleanly() -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stdout.strip()) == (0, "done"), finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "with_gpu", "device"),
+    [
+        ("nccl", True, "cuda"),
+        ("cpu:gloo,cuda:nccl", True, "cuda"),
+        ("cpu:gloo,cuda:gloo", True, "cuda"),
+        ("gloo", True, "cpu"),
+        ("undefined", True, "cuda"),
+        ("undefined", False, "cpu"),
+    ],
+)
+def test_device_of_a_backend(monkeypatch, backend, with_gpu, device):
+    """All ways in which a user can have initialized torch.distributed. Mutation: "undefined" is a CPU."""
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: backend)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
+    assert device_type_of() == device

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-# Of DeepEP's high-throughput kernels on Hopper: the numbers of ranks that get_dispatch_config and get_combine_config
-# know; a token of bfloat16 is copied in two halves of whole 16 bytes, inside a node by way of 8 KiB with 8 bytes for a
-# barrier; the lanes of a warp hold a token's experts.
-_RANKS_OF_DEEP_EP = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+# What DeepEP's high-throughput kernels need: a number of ranks that get_dispatch_config and get_combine_config know;
+# tokens of bfloat16 in two halves of whole 16 bytes, which inside a node pass through 8 KiB with 8 bytes for a barrier,
+# and between nodes, together with 8 bytes and 8 for each expert, through 16 KiB; a lane of a warp for each expert.
+_RANKS_OF_DEEP_EP = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
 _MULTIPLE_OF_DEEP_EP = 16
 _LARGEST_HIDDEN_OF_DEEP_EP, _RANKS_OF_A_NODE = 8176, 8
+_BYTES_BETWEEN_NODES = 16384
 _LARGEST_TOPK_OF_DEEP_EP = 32
 
 
@@ -239,6 +240,13 @@ def deep_ep_violations(config: "MoEConfig", hidden_size: int) -> Iterator[str]:
         yield (
             f"moe_token_dispatcher_type is flex with hidden_size {hidden_size} over {ep * etp} ranks, but DeepEP's "
             f"kernels inside a node copy tokens of up to {_LARGEST_HIDDEN_OF_DEEP_EP}: write {instead}."
+        )
+    sent = -(-(2 * hidden_size + 8 + 8 * config.moe_router_topk * etp) // 16) * 16 + 8
+    if ep * etp > _RANKS_OF_A_NODE and sent > _BYTES_BETWEEN_NODES:
+        yield (
+            f"moe_token_dispatcher_type is flex with hidden_size {hidden_size} over {ep * etp} ranks, but DeepEP's "
+            f"kernels between nodes send tokens of up to {_BYTES_BETWEEN_NODES} bytes, and one would take {sent}: "
+            f"write {instead}."
         )
     if config.moe_router_topk * etp > _LARGEST_TOPK_OF_DEEP_EP:
         yield (

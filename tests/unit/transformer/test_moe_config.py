@@ -80,12 +80,14 @@ def test_several_balance_losses_each_with_its_coefficient() -> None:
 
 
 def test_sizes_of_deep_ep_are_those_of_several_ranks() -> None:
-    """Mutation: a single rank judged, which sends nothing; the largest token of a node beyond it."""
+    """Mutations: a single rank judged, which sends nothing; the largest token of a node beyond it; no limit beyond."""
     odd = {"hidden_size": 72, "num_moe_experts": 33, "moe_router_topk": 33}
     assert config_of(**FLEX, **odd).violations() == []
-    for ranks in (16, 24, 160):
-        wide = config_of(**DEEP_EP | {"hidden_size": 8192, "num_moe_experts": 480, "expert_model_parallel_size": ranks})
-        assert wide.violations() == []
+    for ranks in (16, 24, 96, 160):
+        sizes = {"num_moe_experts": 480, "expert_model_parallel_size": ranks}
+        assert config_of(**DEEP_EP | sizes, hidden_size=8160).violations() == []
+        (problem,) = config_of(**DEEP_EP | sizes, hidden_size=8192).violations()
+        assert "up to 16384 bytes, and one would take 16424" in problem
 
 
 def test_recomputation_of_experts() -> None:
