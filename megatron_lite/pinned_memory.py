@@ -12,6 +12,7 @@ Without a GPU both give plain memory, in the same way.
 
 import functools
 import mmap
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -58,8 +59,8 @@ def host_tensors(like: Mapping[str, tuple[Tensor, torch.dtype]], pinned: bool) -
 class HostBytes:
     """Room for bytes on their way to the host and back. When nobody holds it, the next one takes it.
 
-    At once, while copies may be queued: so all of a device's copies to and from such rooms belong on one stream, whose
-    order puts new bytes after old ones.
+    It does so at once, even while copies are queued; therefore all of a device's copies to and from such rooms belong
+    on one stream, whose order puts new bytes after old ones.
 
     Args:
         count: how many, 1 or more.
@@ -101,24 +102,30 @@ def _mapping(size: int, pinned: bool) -> mmap.mmap:
     try:
         # Shared with forked processes, such as data workers: of private memory a page that is written to after the
         # fork may move, away from where the device copies to.
-        mapping = mmap.mmap(-1, size)
+        mapping = _Mapping(-1, size)
         if pinned:
             address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-            weakref.finalize(mapping, _unpin, address).atexit = False
+            mapping.pinned_at = address
     except (OSError, torch.cuda.CudaError) as error:
         raise ConfigError(
-            f"{size / 2**30:.2f} GiB of the host's memory cannot be {'pinned' if pinned else 'had'} ({error}), but "
-            "this rank's offloaded moments, or its copy for a save in the background, need them; all ranks of a node "
-            "share its memory. --dry-run counts it. Write a lower --optimizer-offload-fraction, leave out "
+            f"{size / 2**30:.2f} GiB of the host's memory cannot be {'pinned' if pinned else 'allocated'} ({error}), "
+            "but this rank's offloaded moments, or its copy for a save in the background, need them; all ranks of a "
+            "node share its memory. --dry-run counts it. Write a lower --optimizer-offload-fraction, leave out "
             "--async-save, or take nodes with more memory."
         ) from error
     return mapping
 
 
-def _unpin(address: int) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+class _Mapping(mmap.mmap):
+    """Memory that is unpinned before it is unmapped, which a finalizer of weakref would be too late for."""
+
+    pinned_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.pinned_at is not None and not sys.is_finalizing():
+            torch.cuda.synchronize()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.pinned_at))
 
 
 @functools.cache

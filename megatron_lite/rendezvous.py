@@ -5,19 +5,23 @@ where the dead ones listened. So each attempt keeps to keys of its own, under a 
 TORCHELASTIC_RESTART_COUNT is not that number: each node's agent counts the deaths among its own ranks only.
 """
 
+import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
 
-_POLL_S = (0.02, 1.0)
-_attempt = 0
+from megatron_lite.launcher import torchrun_is_gone
+
+_RANKS_SHOWN = 8
+_attempt: int | None = None
 
 
-def current_attempt() -> int:
-    """The number that the ranks of this attempt agreed on; 0 where nothing had to be agreed on."""
-    return _attempt
+def current_attempt() -> str:
+    """A name for this attempt: the number its ranks agreed on, or torchrun's where somebody else made them meet."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _attempt is None else str(_attempt)
 
 
 def join(timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -33,35 +37,67 @@ def join(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:
-    """Return a number that all ranks that are running now get, and that no earlier attempt used.
+    """Return a number that all ranks of this attempt get, and that no earlier attempt used.
 
     Rank 0 counts up. The others may read the count before it does, and find an older number and everything that older
     ranks left under it. So each writes under the number a word that nobody else knows, and believes the number when
-    rank 0 has repeated that word.
+    rank 0 has repeated that word. Ranks of an earlier attempt have ended: torchrun ends them, or they notice here that
+    torchrun is gone.
 
     Raises:
-        DistStoreError: not all ranks came within `timeout`.
+        DistStoreError: not all ranks came within `timeout`, or this rank's torchrun is gone.
     """
-    others = range(1, world_size)
-    if rank == 0:
-        number = store.add("number", 1)
-        words = [f"{number}/word of {other}" for other in others]
-        if words:
-            store.wait(words, timeout)
-        for other, word in zip(others, words, strict=True):
-            store.set(f"{number}/repeated to {other}", store.get(word).decode())
+    if rank > 0:
+        return _believe(store, rank, world_size, timeout)
+    number = store.add("number", 1)
+    words = [f"{number}/word of {other}" for other in range(1, world_size)]
+    if not words:
         return number
+    if not _poll(lambda: store.check(words), world_size, timeout):
+        late = [other for other, word in enumerate(words, 1) if not store.check([word])]
+        shown = ", ".join(map(str, late[:_RANKS_SHOWN])) + (", ..." if len(late) > _RANKS_SHOWN else "")
+        raise dist.DistStoreError(
+            f"ranks {shown} ({len(late)} of {world_size}) did not come within {timeout.total_seconds():.0f} s"
+        )
+    answers = [f"{number}/repeated to {other}" for other in range(1, world_size)]
+    store.multi_set(answers, store.multi_get(words))  # type: ignore[attr-defined]  # two messages at any size
+    return number
+
+
+def _believe(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:
+    """The part of a rank that is not the first."""
     mine = uuid.uuid4().hex
-    deadline = time.monotonic() + timeout.total_seconds()
-    pause, number = _POLL_S[0], -1
-    while time.monotonic() < deadline:
+    number = -1
+
+    def is_repeated() -> bool:
+        nonlocal number
         newest = store.add("number", 0)
         if newest != number:
             number = newest
             store.set(f"{number}/word of {rank}", mine)
-        repeated = f"{number}/repeated to {rank}"
-        if store.check([repeated]) and store.get(repeated).decode() == mine:
-            return number
+        answer = f"{number}/repeated to {rank}"
+        return store.check([answer]) and store.get(answer).decode() == mine
+
+    if not _poll(is_repeated, world_size, timeout):
+        raise dist.DistStoreError(
+            f"rank {rank}: not all ranks came within {timeout.total_seconds():.0f} s; rank 0 says which"
+        )
+    return number
+
+
+def _poll(condition: Callable[[], bool], world_size: int, timeout: timedelta) -> bool:
+    """Return True once the condition holds, False after `timeout`; the more ranks there are, the less often each asks.
+
+    Raises:
+        DistStoreError: this rank's torchrun is gone.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    pause, longest = 0.02, max(1.0, world_size / 2000)
+    while not condition():
+        if torchrun_is_gone():
+            raise dist.DistStoreError("torchrun, which started this rank, is gone")
+        if time.monotonic() > deadline:
+            return False
         time.sleep(pause)
-        pause = min(2 * pause, _POLL_S[1])
-    raise dist.DistStoreError(f"rank {rank} heard nothing of rank 0 within {timeout.total_seconds():.0f} s")
+        pause = min(2 * pause, longest)
+    return True

@@ -10,8 +10,8 @@ from megatron_lite.errors import ConfigError
 def take_slurm_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Under `srun python ...` with several tasks set what torchrun would: RANK, WORLD_SIZE, MASTER_ADDR and others.
 
-    Variables that are there are left as they are. Does nothing under torchrun, and where the step has one task, such as
-    in a batch script itself.
+    Other variables than RANK and WORLD_SIZE are left as they are where they are set. Does nothing under torchrun, and
+    where the step has one task, such as in a batch script itself.
 
     Raises:
         ConfigError: SLURM says nothing of the nodes, and MASTER_ADDR is not set.
@@ -25,14 +25,13 @@ def take_slurm_environment(environment: MutableMapping[str, str] = os.environ) -
             f"srun started {tasks} tasks, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST says on which nodes: "
             "set MASTER_ADDR to the host of the first task, or start with torchrun."
         )
-    job = int(environment.get("SLURM_JOB_ID", "0"))
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    environment.update({"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": tasks})
     found = {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": tasks,
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": first_host(nodes),
-        # The same for all tasks of a job, and another for most jobs that share a node.
-        "MASTER_PORT": str(20000 + job % 10000),
+        # The same for all tasks of a step, and another for most steps and jobs that share a node.
+        "MASTER_PORT": str(20000 + (job + 101 * step) % 10000),
     }
     # For example 8(x3),4: tasks of three nodes and of one more. Their number here decides about CPU threads alone.
     if per_node := re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):

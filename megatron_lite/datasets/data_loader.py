@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import multiprocessing
 import signal
 from collections.abc import Collection, Sequence, Sized
 from multiprocessing.process import BaseProcess
@@ -73,10 +72,14 @@ def build_pretraining_data_loader(
 class _PretrainingDataLoader(torch.utils.data.DataLoader[Any]):
     """A DataLoader whose worker processes never keep the training process from ending."""
 
+    _workers_known: list[BaseProcess] | None = None
+
     def __iter__(self) -> Any:
-        before = set(multiprocessing.active_children())
         iterator = super().__iter__()
-        atexit.register(_kill, set(multiprocessing.active_children()) - before)
+        workers = getattr(iterator, "_workers", [])
+        if workers and workers is not self._workers_known:  # those of the first iterator stay for the next ones
+            self._workers_known = workers
+            atexit.register(_kill, workers)
         return iterator
 
 
@@ -84,7 +87,7 @@ def _kill(workers: Collection[BaseProcess]) -> None:
     """End what is left of the workers when the interpreter exits.
 
     Without errors the loader has ended them by then. After one, multiprocessing would send each a SIGTERM, which they
-    may leave to the training process, and wait for it without limit.
+    may ignore, and wait for it without limit.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a worker that is killed
     for worker in workers:

@@ -5,7 +5,7 @@ every second, which costs the training nothing. When that has not changed for lo
 one of them prints it, and all end. Nothing is told of in advance: the iteration, the phase and the group that a
 collective is waiting for are read off the stack.
 
-The same thread ends a rank whose torchrun has died. Nobody would hear of its end, or end it.
+The same thread ends a rank whose torchrun has died. Nothing else would end it.
 """
 
 import faulthandler
@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup, Store, TCPStore
 
 from megatron_lite import parallel_state, rendezvous
 from megatron_lite.arguments import RunConfig
+from megatron_lite.launcher import started_by_torchrun, torchrun_is_gone
 from megatron_lite.training.hooks import Hook
 
 STATUS = 3
@@ -47,10 +48,10 @@ _GROUPS = ("tp", "cp", "pp", "ep", "expt_tp", "tp_ep", "tp_cp", "dp", "dp_cp", "
 
 
 def watch(config: RunConfig) -> "Watchdog | None":
-    """A watchdog for a run of several ranks or of torchrun's; None for a process alone, which waits for nobody."""
+    """A watchdog for a run of several ranks, or one that torchrun started; None for a process alone."""
     if config.world_size > 1:
         return Watchdog(SHARE_OF_TIMEOUT * 60.0 * config.distributed.distributed_timeout_minutes)
-    return Watchdog(math.inf) if _started_by_torchrun() else None
+    return Watchdog(math.inf) if started_by_torchrun() else None
 
 
 class Watchdog(Hook):
@@ -70,7 +71,6 @@ class Watchdog(Hook):
         self.iteration = 0
         self._store = own_store() if store is None else store
         self._watched = threading.get_ident()
-        self._parent = os.getppid() if _started_by_torchrun() else None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -89,7 +89,7 @@ class Watchdog(Hook):
         since = time.monotonic()
         looks = 0
         while not self._closed.wait(self.interval_s):
-            if self._parent not in (None, os.getppid()):
+            if torchrun_is_gone():
                 self._end_orphan()
             now = self._place()
             if now != place:
@@ -112,7 +112,7 @@ class Watchdog(Hook):
 
     def _end_orphan(self) -> None:
         """End without a word from torchrun: it may have been started again, and its new ranks write the same files."""
-        with suppress(OSError):  # who read this rank's output may have gone too
+        with suppress(OSError):  # whoever read this rank's output may have gone too
             rank = os.environ.get("RANK", "0")
             text = f"rank {rank}: torchrun, which started this rank, is gone; the rank ends with status {STATUS}\n"
             os.write(sys.stderr.fileno(), text.encode())
@@ -191,10 +191,6 @@ def own_store() -> Store | None:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30)
     )
     return dist.PrefixStore(f"watchdog {rendezvous.current_attempt()}", store)
-
-
-def _started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _frames(innermost: FrameType | None) -> Iterator[FrameType]:

@@ -4,6 +4,8 @@ Without a GPU the same memory is plain. What would be asked of CUDA is recorded 
 """
 
 import gc
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +65,10 @@ class Runtime:
         return 2 if self.refuses else 0
 
     def unregister(self, address: int) -> int:
+        if sys.platform.startswith("linux"):  # it must still be mapped, not merely have been
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+            assert any(first <= address < last for first, last in ranges)
         self.asked.append(("unpin", address))
         return 0
 
@@ -77,7 +83,7 @@ class Refused(torch.cuda.CudaError):
 
 
 def test_all_of_it_is_pinned_once_until_the_last_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """600 MiB are pinned as 600 MiB. Mutations: each tensor for itself; unpinned with the first, or before the wait."""
+    """As 600 MiB. Mutations: each tensor for itself; unpinned with the first, before the wait, or unmapped."""
     runtime = Runtime(monkeypatch)
     like = {"a": (torch.empty(400, 2**20, device="meta"), torch.uint8), "b": (torch.empty(50, 2**20), torch.float32)}
     made = host_tensors(like, pinned=True)
@@ -112,8 +118,8 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*arguments: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(pinned_memory.mmap, "mmap", no_memory)
-    with pytest.raises(ConfigError, match=r"cannot be had \(.*Cannot allocate memory\)"):
+    monkeypatch.setattr(pinned_memory, "_Mapping", no_memory)
+    with pytest.raises(ConfigError, match=r"cannot be allocated \(.*Cannot allocate memory\)"):
         host_tensors(LIKE, pinned=False)
 
 

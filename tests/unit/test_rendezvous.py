@@ -7,9 +7,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from megatron_lite import launcher
 from megatron_lite.rendezvous import agree_on_attempt
 
-LONG, SHORT = timedelta(seconds=60), timedelta(seconds=0.3)
+LONG, SHORT = timedelta(seconds=20), timedelta(seconds=0.3)
 
 
 def attempt(store: dist.Store, ranks: list[int], world_size: int, timeout: timedelta, late: int = -1) -> list[int]:
@@ -52,3 +53,23 @@ def test_a_rank_that_died_while_it_waited_is_not_taken_for_its_successor():
 def test_one_process_agrees_with_itself():
     """No words to wait for."""
     assert agree_on_attempt(dist.HashStore(), 0, 1, SHORT) == 1
+
+
+def test_who_did_not_come_is_named():
+    """By rank 0 alone; the others point at it."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(agree_on_attempt, store, rank, 4, SHORT) for rank in (0, 1))
+        with pytest.raises(dist.DistStoreError, match=r"ranks 2, 3 \(2 of 4\) did not come within 0 s"):
+            first.result()
+        with pytest.raises(dist.DistStoreError, match="rank 1: not all ranks came within 0 s; rank 0 says which"):
+            second.result()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_torchrun_takes_no_part(monkeypatch, rank):
+    """It would be taken for its successor. Mutation: no look at the parent."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setattr(launcher, "_PARENT", -1)
+    with pytest.raises(dist.DistStoreError, match="torchrun, which started this rank, is gone"):
+        agree_on_attempt(dist.HashStore(), rank, 2, LONG)

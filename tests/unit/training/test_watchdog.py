@@ -5,20 +5,22 @@ import threading
 
 import pytest
 
+from megatron_lite import launcher
 from megatron_lite.training import watchdog
 
 
 @pytest.mark.parametrize("dies", [True, False])
 def test_a_rank_ends_with_its_torchrun(monkeypatch, capfd, dies):
-    """The parent is another one at the second look. Mutations: no look at the parent; a look without torchrun."""
+    """The parent is another one at the third look. Mutations: no look at the parent; a look without torchrun."""
     ended = threading.Event()
-    parents = iter([1234, *[1234] * 2, *([1 if dies else 1234] * 1000)])
+    parents = iter([*[1234] * 2, *([1 if dies else 1234] * 1000)])
 
     def end(status: int) -> None:
         assert status == watchdog.STATUS
         ended.set()
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setattr(launcher, "_PARENT", 1234)
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(os, "_exit", end)
     watch = watchdog.Watchdog(60.0, interval_s=0.005)
