@@ -194,6 +194,10 @@ check_stopped_rank() { # the watchdog of another one finds it
     equals_whole stopped_rank
 }
 
+node_is_down() { # NODE
+    [[ "$(sinfo -h -N -n "$1" -p main -o %t)" == down* ]]
+}
+
 check_node_down() { # everything on it stands still; SLURM gives the job another node
     local job node pid
     pause 0.5
@@ -201,9 +205,11 @@ check_node_down() { # everything on it stands still; SLURM gives the job another
     meet_at_work node_down
     node="$(first_node "$job")"
     for pid in $(processes_of_node "$node"); do kill -STOP "$pid" 2> /dev/null || true; done
-    wait_until 120 "restart" restarted "$job"
-    completes "$job"
+    wait_until 120 "end of node $node" node_is_down "$node"
+    # All nodes have the ports of this machine in common, and the next rendezvous needs that of the last one.
     for pid in $(processes_of_node "$node"); do kill -KILL "$pid" 2> /dev/null || true; done
+    wait_until 180 "restart" restarted "$job"
+    completes "$job"
     start_node "$node"
     resumed node_down
     equals_whole node_down
