@@ -20,15 +20,20 @@ def add_huggingface_settings(values: Values) -> None:
         values: field -> (value, origin), as far as given, with `load_hf` among them; added to.
 
     Raises:
-        ConfigError: config.json is missing, cannot be read, or describes a model that cannot be expressed.
+        ConfigError: config.json is missing, cannot be read, or describes a model that cannot be expressed; the weights
+            are damaged.
     """
     # Not before it is asked for: --help answers at once.
+    from megatron_lite.checkpoint import CheckpointError
     from megatron_lite.checkpoint.huggingface import read_architecture, settings_of
     from megatron_lite.checkpoint.huggingface.tokenizer_files import tokenizer_in
 
     folder = values["load_hf"][0]
-    read_architecture(folder)
-    _, described = settings_of(folder)
+    try:
+        read_architecture(folder)
+        _, described = settings_of(folder)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
     path = str(Path(folder) / "config.json")
     for option in all_options():
         group = described.get(option.group, {})

@@ -264,6 +264,7 @@ def test_flags_in_the_text_exist() -> None:
     for tool in [*(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "scripts" / "examples").glob("*.py")]:
         known |= _flags_of_tool(tool)
     known |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--shutdown-timeout"}
+    known |= {"--rdzv-endpoint", "--capture-range"}  # of torchrun and nsys
     known |= {"--time", "--nodes", "--signal", "--requeue", "--batch"}  # of SLURM
     known |= {"--full-matrix", "--layout-table", "--full"}  # of our tests, in tests/conftest.py
     wrong = {}

@@ -151,6 +151,7 @@ def test_a_rank_that_hangs_is_found_and_the_run_ends(tmp_path):
     assert "exitcode  : 3" in done.stdout
 
 
+@pytest.mark.full  # two nodes do the same, and more
 def test_a_killed_rank_is_started_again_by_torchrun(tmp_path):
     """Rank 1 is killed at iteration 6; the run goes on from iteration 4 by itself, with the numbers of one unbroken.
 
