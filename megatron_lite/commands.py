@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """What `megatron-lite --help` says."""
+    """The text of `megatron-lite --help`."""
     lines = [f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [

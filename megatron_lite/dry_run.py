@@ -296,7 +296,7 @@ def _memory_lines(run: RunConfig, memory: Memory) -> Iterator[str]:
 
 
 def _host_memory_lines(memories: list[Memory], rank: int, pipeline_ranks: Sequence[int]) -> Iterator[str]:
-    """What a pipeline rank has in the host's memory, and all ranks of a node; nothing where that is nothing.
+    """The host's memory of a pipeline rank, and of all ranks of a node; empty where none is used.
 
     Args:
         memories: of a rank of each pipeline stage.

@@ -31,7 +31,7 @@ def device_type_of(group: ProcessGroup | None = None) -> str:
 
 
 def computes_on_gpu() -> bool:
-    """Whether this process computes on a GPU: where its ranks exchange tensors; without ranks, wherever there is one.
+    """Return True if this process computes on a GPU: where its ranks exchange tensors; without ranks, if there is one.
 
     What asks for a GPU that the machine has, and the run does not use, makes a context there, some 500 MB a process.
     """

@@ -27,7 +27,7 @@ USUAL_LENGTH = 1024
 
 @dataclass
 class Result:
-    """What was read, and the sum of the losses in nats."""
+    """The counts of what was read, and the sum of the losses in nats."""
 
     loss: float = 0.0
     tokens: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_lite.errors import ConfigError
 
 GENERAL = ("help", "config", "print_config", "dry_run", "world_size")
-"""What the overview shows of the general flags; the rest are other spellings."""
+"""The general flags that the overview shows; the rest are other spellings."""
 
 
 class HelpAction(argparse.Action):

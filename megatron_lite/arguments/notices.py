@@ -46,7 +46,7 @@ def recomputation_notices(run: RunConfig) -> Iterator[str]:
 
 
 def expert_notices(run: RunConfig) -> Iterator[str]:
-    """What stands in for a package that is not supported."""
+    """The stand-in for a package that is not supported."""
     backend = run.transformer.moe_flex_dispatcher_backend
     if run.transformer.num_moe_experts is not None and backend != "deepep":
         yield (

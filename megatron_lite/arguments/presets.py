@@ -7,7 +7,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "presets"
 
 
 def preset_names() -> list[str]:
-    """What `--config NAME` finds, in alphabetical order."""
+    """The names that `--config NAME` finds, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 

@@ -194,7 +194,7 @@ def preprocess(
 
 
 def _why_nothing(config: PreprocessConfig, summary: PreprocessSummary) -> str:
-    """What was found instead of texts."""
+    """A description of the input without texts."""
     found = []
     if summary.documents:
         found.append(

@@ -19,7 +19,7 @@ ROWS_READ = 256
 """Rows of a Parquet file read, and handed to a process, at a time."""
 
 TXT_DOCUMENTS = ("file", "line", "paragraph")
-"""What a document of a .txt file can be: all of it, a line, or the lines between blank ones."""
+"""The documents of a .txt file: all of it, each line, or the lines between blank ones."""
 
 COMPRESSED = ("", ".gz", ".zst")
 ENDINGS = (*(kind + end for kind in (".jsonl", ".json", ".ndjson", ".txt") for end in COMPRESSED), ".parquet")

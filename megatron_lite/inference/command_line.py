@@ -1,4 +1,4 @@
-"""What the command lines that use a trained model have in common: which model, and on which ranks it is loaded."""
+"""The common part of the command lines that use a trained model: which model, and on which ranks it is loaded."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes."""
+    """Return True in the process that writes."""
     return os.environ.get("RANK", "0") == "0"
 
 

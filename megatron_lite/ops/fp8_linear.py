@@ -65,7 +65,7 @@ class Quantized(NamedTuple):
 
 
 def has_fp8_kernels() -> bool:
-    """Whether the GPU this process computes on multiplies fp8 (compute capability 8.9, so Ada, Hopper and later)."""
+    """Return True if this process computes on a GPU that multiplies fp8 (capability 8.9: Ada, Hopper and later)."""
     if not computes_on_gpu() or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability() >= (8, 9)

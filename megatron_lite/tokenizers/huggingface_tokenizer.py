@@ -19,7 +19,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 
 
 class HuggingFaceTokenizer(MegatronTokenizer):
-    """What transformers' AutoTokenizer makes of a folder or name, with the same ids.
+    """The tokenizer that transformers' AutoTokenizer makes of a folder or name, with the same ids.
 
     A `tokenizer.json` that stands alone has only one reading and is left to the package `tokenizers`. Which tokens the
     files beside it add, and around what texts, depends on the class they name and on the version of transformers, so
@@ -168,7 +168,7 @@ def _load_json(path: str) -> tuple[Any, dict[str, str | None]]:
 def _load_with_transformers(
     path: str, settings: Sequence[str], use_fast: bool, trust_remote_code: bool
 ) -> tuple[Any, dict[str, str | None]]:
-    """What transformers makes of a name, or of a file or folder with these settings; and special tokens by role."""
+    """Return transformers' tokenizer for a name, or a file or folder with these settings, and its special tokens."""
     what = f"the settings in {', '.join(settings)} at" if settings else "the name"
     transformers = require_package("transformers", f"HuggingFaceTokenizer, for {what} {path!r},")
     options: dict[str, Any] = {"use_fast": use_fast, "trust_remote_code": trust_remote_code}

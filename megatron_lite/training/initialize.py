@@ -133,7 +133,7 @@ def _share_cores() -> None:
 
 
 def _launcher_chose_threads() -> bool:
-    """Whether OMP_NUM_THREADS is torchrun's default and not a user's wish.
+    """Return True if OMP_NUM_THREADS is torchrun's default and not a user's wish.
 
     torchrun sets it to 1 for its ranks where it is not set. The environment that torchrun itself was started with,
     which Linux shows, tells the two apart; elsewhere the 1 is taken for a wish.
@@ -170,7 +170,7 @@ def _optimizer(config: OptimizerConfig) -> str:
 
 
 def _queues(strategy: str | None) -> str:
-    """What start-up says of a setting for the overlap of tensor parallelism that is none for sharded data parallelism.
+    """Return a note on a setting that helps tensor parallelism overlap and hinders sharded data parallelism.
 
     With one hardware queue a kernel waits for those that were queued before it on any stream: FSDP2's gathers and
     reductions, which run on streams of their own, then wait for the computation that they should overlap.

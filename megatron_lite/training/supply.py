@@ -1,4 +1,4 @@
-"""Whether the data of a run last to its end: blends without weights are read once."""
+"""A check that the data of a run last to its end: blends without weights are read once."""
 
 from collections.abc import Iterator, Sequence, Sized
 

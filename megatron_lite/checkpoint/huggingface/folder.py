@@ -34,7 +34,7 @@ def require_safetensors() -> ModuleType:
 
 
 def has_safetensors(folder: str | Path) -> bool:
-    """Whether a folder holds tensors that can be read."""
+    """Return True if a folder holds tensors that can be read."""
     return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
 
 

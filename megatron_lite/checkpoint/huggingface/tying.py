@@ -11,7 +11,7 @@ _ROWS = 4096
 
 
 def has_own_head(theirs: TensorFolder, family: Family) -> bool:
-    """Whether the output layer differs from the embeddings; transformers 5 then uses it, whatever config.json says."""
+    """Return True if the output layer differs from the embeddings; transformers 5 uses it then, tied or not."""
     embeddings = family.outside["embedding.word_embeddings.weight"][0].name
     if _HEAD not in theirs.shapes or embeddings not in theirs.shapes:
         return False
