@@ -3,13 +3,12 @@
 python tools/evaluate.py held_out.txt --load checkpoints
 python tools/evaluate.py held_out.jsonl --load-hf FOLDER --seq-length 2048 --stride 512
 
-A document (the file, or each line of a .jsonl file) is read in windows of --seq-length tokens. A window begins where
+A document (the file, or each line of JSON lines) is read in windows of --seq-length tokens. A window begins where
 the one before it ended; with a smaller --stride windows overlap, and only tokens that none has counted yet count. A
 model too large for one device runs split over several: torchrun --nproc-per-node 4 tools/evaluate.py ...
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.checkpoint import CheckpointError
+from megatron_lite.datasets.text_files import ENDINGS, members_of, read_batches, texts_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.inference.command_line import add_model_flags, is_first_rank, loaded_model
 from megatron_lite.inference.perplexity import Window, document_tokens, total_loss, windows
@@ -48,9 +48,11 @@ class Result:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="Plain text, or JSON lines if its name ends in .jsonl.")
+    parser.add_argument("file", metavar="FILE", help="Plain text; JSON lines or Parquet if its name says so.")
     add_model_flags(parser)
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="Member of each JSON line; default text.")
+    parser.add_argument(
+        "--json-key", default="text", metavar="KEY", help="Member or column that holds the text; default text."
+    )
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="Tokens of a window; default 1024, or the model's longest sequence."
     )
@@ -78,7 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> Result:
     Raises:
         ConfigError, CheckpointError: a model or file that cannot be read, or settings that do not fit.
     """
-    texts = list(read_documents(Path(arguments.file), arguments.json_key))
+    texts = list(read_documents(arguments.file, arguments.json_key))
     result = Result(bytes=sum(len(text.encode("utf-8")) for text in texts), documents=len(texts))
     if not result.bytes:
         raise ConfigError(f"{arguments.file} holds no text: name a file that does.")
@@ -91,29 +93,24 @@ def evaluate(arguments: argparse.Namespace) -> Result:
     return result
 
 
-def read_documents(path: Path, key: str) -> Iterator[str]:
-    """The text of a file, or of each line of JSON.
+def read_documents(path: str, key: str) -> Iterator[str]:
+    """The documents of a file as tools/preprocess_data.py reads it; a file of another name is one, of plain text.
 
     Raises:
-        ConfigError: it is not text in UTF-8, or a line has no such text.
+        ConfigError: it is not text in UTF-8, or a record has no such text.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text in UTF-8: {error}") from error
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    if not path.endswith(ENDINGS):
         try:
-            value = json.loads(line)[key]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path}:{number} is no JSON object with {key!r}: {type(error).__name__}.") from error
-        if not isinstance(value, str):
-            raise ConfigError(f"{path}:{number}: {key!r} is a {type(value).__name__}, but must be text.")
-        yield value
+            yield Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not text in UTF-8: {error}") from error
+        return
+    for batch in read_batches(path, (key,)):
+        for record in batch.records:
+            try:
+                yield from texts_of(members_of(record), key)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}:{record.number}: {error}.") from error
 
 
 def check_sizes(arguments: argparse.Namespace, longest: int) -> tuple[int, int]:

@@ -35,10 +35,12 @@ def read_metrics(path: Path, label: str) -> Losses:
         SystemExit: it cannot be read, or holds none yet.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from error
-    entries = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1] or text  # of a run that is writing, the last line may be there in part
+        lines = [json.loads(line) for line in whole.splitlines() if line.strip()]
+        entries = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path} cannot be read as a file of --metrics-jsonl: {error}") from error
     training = [entry for entry in entries if "lm_loss" in entry]
     if not training:
         raise SystemExit(f"{path} holds no training iterations yet.")
@@ -88,6 +90,11 @@ def draw(runs: Sequence[Losses], entropy: float | None, output: Path) -> None:
     plt.close(figure)
 
 
+def perplexity(loss: float) -> float:
+    """e to the loss, infinite where that is no float."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
 def describe(run: Losses, entropy: float | None) -> None:
     """Print where a run began and ended."""
     first, last = run.training[0], run.training[-1]
@@ -95,10 +102,10 @@ def describe(run: Losses, entropy: float | None) -> None:
     if not run.validation:
         return
     held_out = run.validation[-1]["validation_loss"]
-    print(f"held-out loss: {held_out:.3f} (perplexity {math.exp(held_out):.1f})")
+    print(f"held-out loss: {held_out:.3f} (perplexity {perplexity(held_out):.1f})")
     if entropy is not None:
         print(
-            f"unigram entropy of the corpus: {entropy:.3f} (perplexity {math.exp(entropy):.1f}); "
+            f"unigram entropy of the corpus: {entropy:.3f} (perplexity {perplexity(entropy):.1f}); "
             f"the model is {entropy - held_out:.2f} nats better than guessing by frequency"
         )
 
@@ -125,8 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(labels) != len(arguments.metrics):
         parser.error(f"--labels names {len(labels)}, but there are {len(arguments.metrics)} --metrics: one for each.")
     runs = [read_metrics(path, label) for path, label in zip(arguments.metrics, labels, strict=True)]
-    entropy = unigram_entropy(arguments.data_path) if arguments.data_path else None
-    draw(runs, entropy, arguments.output)
+    try:
+        entropy = unigram_entropy(arguments.data_path) if arguments.data_path else None
+        draw(runs, entropy, arguments.output)
+    except (OSError, ValueError) as error:  # of the data, or of the picture's format
+        raise SystemExit(f"error: {error}") from error
     for run in runs:
         if len(runs) > 1:
             print(f"{run.label}:")

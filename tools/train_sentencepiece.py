@@ -30,20 +30,22 @@ def sampled_lines(paths: Sequence[str], key: str, max_bytes: int, skip_bad_lines
     Raises:
         ConfigError: a document cannot be used and `skip_bad_lines` is off, or no line is of use.
     """
+    if max_bytes < 1:
+        raise ConfigError(f"--max-bytes is {max_bytes}, but must be at least 1.")
     total = sum(os.path.getsize(path) for path in paths)
     keep_every = max(1, round(total / max_bytes))
     number, learned = 0, 0
-    passed_over: tuple[str, Record] | None = None
+    passed_over: list[str] = []  # lines of the first document among these that has some
     for path, record in _records(paths, key):
         number += 1
         if number % keep_every:
-            passed_over = passed_over or (path, record)
+            passed_over = passed_over or _lines_of(path, record, key, skip_bad_lines=True)
             continue
         for line in _lines_of(path, record, key, skip_bad_lines):
             learned += len(line.encode()) <= LONGEST_LINE
             yield line
-    if learned == 0 and passed_over is not None:  # fewer documents than the share of one
-        for line in _lines_of(*passed_over, key, skip_bad_lines):
+    if learned == 0:  # fewer documents than the share of one
+        for line in passed_over:
             learned += len(line.encode()) <= LONGEST_LINE
             yield line
     if learned == 0:

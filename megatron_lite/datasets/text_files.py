@@ -15,6 +15,9 @@ from megatron_lite.tokenizers.megatron_tokenizer import require_package
 BATCH_BYTES = 1 << 18
 """Text handed to a process at a time."""
 
+READ_BYTES = 1 << 16
+"""Of a zstd file at a time."""
+
 ROWS_READ = 256
 """Rows of a Parquet file read, and handed to a process, at a time."""
 
@@ -61,23 +64,37 @@ def find_inputs(patterns: Sequence[str]) -> list[str]:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise ConfigError(f"--input {pattern!r} matches no file; write a file, a folder, or a pattern in quotes.")
-        files = [file for match in matches for file in (_files_of(match) if os.path.isdir(match) else [match])]
+        several = (_files_of(match) if os.path.isdir(match) else [match] for match in matches)
+        files = [os.path.normpath(file) for one in several for file in one]
         if not files:
             raise ConfigError(
                 f"--input {pattern!r} is a folder without a file whose name ends in {', '.join(ENDINGS)}; rename the "
                 "files, or name them themselves."
             )
-        found += files
+        found += dict.fromkeys(files)  # a/** stands for folders and for the files in them
     return found
 
 
 def _files_of(folder: str) -> list[str]:
-    """The files of text in a folder and those in it, sorted; hidden ones are passed over."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """The files of text in a folder and those in it, sorted; hidden ones are passed over, links are followed.
+
+    Raises:
+        ConfigError: a folder cannot be read.
+    """
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+        real = os.path.realpath(place)
+        # A link to a folder above would be followed without end.
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real in seen:
+            continue
+        seen.add(real)
         found += [os.path.join(place, name) for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ConfigError(f"the folder {error.filename!r} cannot be read: {error.strerror}.") from error
 
 
 def read_batches(
@@ -129,8 +146,9 @@ def members_of(record: Record) -> dict[str, Any]:
         members = json.loads(_decoded(record.content))
     except json.JSONDecodeError as error:
         near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+        what = error.msg.removesuffix(" at")
         raise ValueError(
-            f"this is no JSON: {error.msg} at character {error.pos}, in {near!r}; each line must be one JSON object"
+            f"this is no JSON: {what} at character {error.pos}, in {near!r}; each line must be one JSON object"
         ) from error
     if not isinstance(members, dict):
         raise ValueError(f'expected a JSON object such as {{"text": "..."}}, found {_shown(members)}')
@@ -217,7 +235,9 @@ def _read_parquet(path: str, keys: Sequence[str]) -> Iterator[Batch]:
         # Without threads of its own, so that the processes that tokenize can be forked.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            missing = [key for key in keys if key not in names]
+            missing = [key for key in keys if names.count(key) != 1]
+            if missing and missing[0] in names:
+                raise ConfigError(f"{path}: there are several columns {missing[0]!r}; rename all except one.")
             if missing:
                 known = ", ".join(map(repr, names)) or "none"
                 raise ConfigError(
@@ -251,20 +271,43 @@ def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
     if path.endswith(".zst"):
         zstandard = require_package("zstandard", f"reading {path}", extra="data")
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return _ZstdLines(reader, zstandard.ZstdError)  # type: ignore[return-value]
+        return io.BufferedReader(_Zstd(raw, zstandard))
     return raw
 
 
-class _ZstdLines(io.BufferedReader):
-    """Lines of a zstd stream; its errors become OSError, as those of gzip are."""
+class _Zstd(io.RawIOBase):
+    """The bytes of a zstd stream of any number of frames; a last frame that is cut short is an error, as with gzip.
 
-    def __init__(self, reader: Any, error: type[Exception]) -> None:
-        super().__init__(reader)
-        self._error = error
+    Raises:
+        EOFError: the last frame is cut short.
+        OSError: the stream is damaged.
+    """
 
-    def __next__(self) -> bytes:
-        try:
-            return super().__next__()
-        except self._error as error:
-            raise OSError(str(error)) from error
+    def __init__(self, raw: IO[bytes], zstandard: Any) -> None:
+        self._raw, self._zstandard = raw, zstandard
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = self._raw.read(READ_BYTES)
+            if not chunk and self._frame is not None:
+                raise EOFError("the last frame is cut short")
+            if not chunk:
+                return 0
+            try:
+                self._ready = memoryview(b"".join(self._decompressed(chunk)))
+            except self._zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _decompressed(self, chunk: bytes) -> Iterator[bytes]:
+        while chunk:
+            frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            self._frame, chunk = (None, frame.unused_data) if frame.eof else (frame, b"")

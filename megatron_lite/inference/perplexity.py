@@ -13,7 +13,7 @@ from megatron_lite.tokenizers.megatron_tokenizer import MegatronTokenizer
 
 
 class Window(NamedTuple):
-    """Tokens that a model reads at once, but the last, which it predicts only; the last `counted` losses count."""
+    """Tokens that a model reads at once, except the last, which it only predicts; the last `counted` losses count."""
 
     tokens: list[int]
     counted: int
@@ -25,7 +25,7 @@ def document_tokens(tokenizer: MegatronTokenizer, text: str) -> list[int]:
     That is the one the tokenizer puts there itself; otherwise the end of the document before it, as in training.
     """
     ids = tokenizer.tokenize(text)
-    return ids if ids and ids[0] == tokenizer.bos else [tokenizer.eod, *ids]
+    return ids if tokenizer.tokenize("")[:1] == [tokenizer.bos] else [tokenizer.eod, *ids]
 
 
 def windows(ids: list[int], seq_length: int, stride: int) -> Iterator[Window]:

@@ -49,14 +49,14 @@ PAGES = sorted(
     + [REPOSITORY / "scripts" / "examples" / "README.md"]
 )
 MODES = ("run", "small", "dry-run", "syntax")
-# Added behind each command of a `small` block; the last of two equal flags wins.
+# Added to each command of a `small` block; the last of two equal flags wins. What a command must say is not added.
 SMALL_MODEL = [
     *("--num-layers", "1", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4"),
     *("--max-position-embeddings", "32", "--vocab-size", "512"),
 ]
 SMALL = {
     "pretrain_gpt.py": [
-        *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
+        *("--seq-length", "32"),
         *("--eval-iters", "1", "--num-workers", "0"),
     ],
     "tools/make_python_corpus.py": ["--root", str(Path(sysconfig.get_paths()["stdlib"]) / "email")],
@@ -189,7 +189,10 @@ def _shortened(words: list[str]) -> list[str]:
     iterations = "4" if "--train-iters" in given else "2"
     # What a folder of weights describes is small already.
     model = SMALL_MODEL if "--config" in given or "--load-hf" not in given else []
-    return [*words, *model, *SMALL[program], "--train-iters", iterations]
+    # A command that lacks the batch's size must fail here as it does for a reader.
+    batch = ["--micro-batch-size", "2", "--global-batch-size", "4"]
+    batch = batch if "--config" in given or "--micro-batch-size" in given else []
+    return [*words, *model, *batch, *SMALL[program], "--train-iters", iterations]
 
 
 @in_mode("dry-run")

@@ -40,9 +40,11 @@ def flags_of(family: Family, config: ConfigJson) -> Settings:
         if field.default is not REQUIRED:
             config.values.setdefault(key, field.default)
         flat[field.ours] = _value_of(config, key, field)
-    # Transformers changes any setting of a single layer by it.
-    for key, value in {**family.only, "per_layer_config": None}.items():
+    # By the first transformers changes any setting of a single layer, by the second it reads weights of another name.
+    for key, value in {**family.only, "per_layer_config": None, "transformers_weights": None}.items():
         config.only(key, value)
+    if config.values.get("is_causal") is not None:
+        config.only("is_causal", True)
     try:
         flat |= family.read(config)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

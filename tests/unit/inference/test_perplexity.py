@@ -132,15 +132,24 @@ def test_each_token_is_counted_once() -> None:
 
 def test_mistakes_end_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path, "llama2", "<s>")
-    for name, content in (("text.txt", b"text"), ("empty.txt", b""), ("binary.txt", b"\xff\xfe"), ("no.jsonl", b"{}")):
+    written = {
+        "text.txt": b"text",
+        "empty.txt": b"",
+        "binary.txt": b"\xff\xfe",
+        "binary.md": b"\xff",
+        "no.jsonl": b"{}",
+    }
+    for name, content in (written | {"half.jsonl": rb'{"text": "\ud800"}'}).items():
         (tmp_path / name).write_bytes(content)
     for name, more, complaint in (
         ("text.txt", ["--seq-length", "65"], "seq_length is 65, but must be at least 1 and at most the model's 64"),
         ("text.txt", ["--stride", "65"], "stride is 65, but must be at least 1 and at most seq_length (64)"),
         ("text.txt", ["--micro-batch-size", "0"], "micro_batch_size is 0"),
         ("empty.txt", [], "empty.txt holds no text"),
-        ("binary.txt", [], "binary.txt is not text in UTF-8"),
-        ("no.jsonl", [], "no.jsonl:1 is no JSON object with 'text': KeyError"),
+        ("binary.txt", [], "binary.txt:1: byte 0, b'\\xff', is no UTF-8"),
+        ("binary.md", [], "binary.md is not text in UTF-8"),
+        ("half.jsonl", [], "half.jsonl:1: character 0 of the member 'text' is"),
+        ("no.jsonl", [], "no.jsonl:1: there is no member 'text', only none"),
         ("nowhere.txt", [], "No such file"),
     ):
         capsys.readouterr()

@@ -73,3 +73,18 @@ def test_steps_without_a_number_are_gaps(tmp_path: Path, capsys: pytest.CaptureF
     assert "training loss: 4.000 at iteration 1, 1.000 at the end" in out
     assert "held-out loss: nan (perplexity nan)" in out
     assert picture.stat().st_size > 0
+
+
+def test_runs_that_diverged_or_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutations: e to a loss of 1000; the last line read although it is cut."""
+    path, picture = tmp_path / "m.jsonl", str(tmp_path / "loss.png")
+    metrics(path, [3.0, 900.0], 1000.0)
+    path.write_text(path.read_text() + '{"iteration": 3, "lm_')
+    report_loss.main(["--metrics", str(path), "--output", picture])
+    assert "held-out loss: 1000.000 (perplexity inf)" in capsys.readouterr().out
+    for words, complaint in ((["--data-path", "nowhere"], "nowhere"), (["--output", str(tmp_path / "o.xyz")], "xyz")):
+        with pytest.raises(SystemExit, match=complaint):
+            report_loss.main(["--metrics", str(path), *words])
+    path.write_text("[1]\n")
+    with pytest.raises(SystemExit, match="cannot be read as a file of --metrics-jsonl"):
+        report_loss.main(["--metrics", str(path)])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from megatron_lite.datasets.indexed_dataset import IndexedDataset
 from megatron_lite.datasets.text_files import TXT_DOCUMENTS, find_inputs, read_batches, texts_of
@@ -196,3 +198,33 @@ def test_bad_lines_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert train_sentencepiece.main([*words, "--skip-bad-lines"]) == 0
     few = list(train_sentencepiece.sampled_lines([words[1]], "text", max_bytes=1))
     assert few == ["some words 0"], "a share of less than a document is one document"
+
+
+def test_a_zstd_file_that_is_cut_short(tmp_path: Path) -> None:
+    """One that is whole is read whatever its frames. Mutation: the end of the file taken for the end of the frame."""
+    whole = tmp_path / "a.txt.zst"
+    frames = [zstandard.compress(os.urandom(200_000).hex().encode()), zstandard.compress(b"the end")]
+    whole.write_bytes(b"".join(frames))
+    (batch,) = read_batches(str(whole))
+    assert len(batch.records[0].content["text"]) == 400_000 + len("the end")  # type: ignore[call-overload]
+    for length in (3, len(frames[0]) // 2, len(frames[0]) + 3):
+        whole.write_bytes(b"".join(frames)[:length])
+        with pytest.raises(ConfigError, match=r"broken after this line: the last frame is cut short"):
+            list(read_batches(str(whole)))
+
+
+def test_patterns_and_links(tmp_path: Path) -> None:
+    """Each file once, in linked folders too. Mutations: duplicates kept; links not followed; circles followed."""
+    (tmp_path / "d" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("d/a.txt", "d/sub/b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "d" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "sub" / "circle").symlink_to(tmp_path / "d")
+    assert find_inputs([str(tmp_path / "d")]) == [
+        str(tmp_path / "d" / name) for name in ("a.txt", "link/c.txt", "sub/b.txt")
+    ]
+    (tmp_path / "d" / "sub" / "circle").unlink()
+    assert find_inputs([str(tmp_path / "d" / "**")]) == [
+        str(tmp_path / "d" / name) for name in ("a.txt", "link/c.txt", "sub/b.txt")
+    ]

@@ -33,6 +33,7 @@ HEADS: dict[str, list[Any]] = {
         ["attention"] * 2,
     ],
     "per_layer_config": [None, {"1": {"intermediate_size": 24}}],
+    "is_causal": [ABSENT, None, True, False],
     "attention_dropout": [ABSENT, 0.1],
     "initializer_range": [ABSENT, 0.1],
     "pretraining_tp": [2],

@@ -139,6 +139,8 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
     ("deepseek_v3", {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}, "topk_method"),
     ("qwen3_30b_a3b", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ("llama3_8b", {"is_causal": False}, "is_causal is"),
+    ("llama3_8b", {"transformers_weights": "other.safetensors"}, "transformers_weights is"),
     ("llama3_8b", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "per_layer_config is"),
     ("llama3_8b", {"rope_scaling": {"full_attention": {"rope_type": "yarn"}}}, "full_attention"),
     ("llama3_8b", {"rope_scaling": {"type": "linear"}}, "factor .* is None"),
