@@ -120,7 +120,7 @@ class Encoder:
         limit = self.tokenizer.vocab_size
         try:
             ids = np.array(tokens, np.int64)
-            fits = ids.size == 0 or (ids.min() >= 0 and ids.max() < limit)
+            fits = ids.size == 0 or bool(ids.min() >= 0 and ids.max() < limit)
         except OverflowError:
             fits = False
         if not fits:
