@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,9 +264,8 @@ def test_signals_save_and_exit(tmp_path, sent):
         for line in process.stdout:
             lines.append(line)
             if "iteration        3/" in line:
-                workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-                target = str(process.pid) if to_torchrun else workers.stdout.split()[0]
-                subprocess.run(["kill", f"-{sent}", target], check=True)
+                workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                os.kill(process.pid if to_torchrun else int(workers[0]), getattr(signal, f"SIG{sent}"))
         assert (process.wait(timeout=60) == 0) != to_torchrun, "".join(lines)[-3000:]
     assert any(f"exiting program after receiving SIG{sent}" in line for line in lines)
     tracker = int((tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text())
