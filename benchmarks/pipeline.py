@@ -34,12 +34,12 @@ from megatron_lite.checkpoint.agreement import gathered
 from megatron_lite.dry_run_memory import micro_batches
 from megatron_lite.errors import ConfigError, exit_with
 from megatron_lite.optimizer import get_megatron_optimizer
+from megatron_lite.pipeline_layout import V_SHAPED
 from megatron_lite.pipeline_parallel import get_forward_backward_func
-from megatron_lite.pipeline_parallel.config import SCHEDULES
-from megatron_lite.pipeline_parallel.layout import V_SHAPED
 from megatron_lite.pipeline_parallel.orders import pipeline_order
 from megatron_lite.pipeline_parallel.pipelined import _Stage
 from megatron_lite.pipeline_parallel.timeline import pipeline_timeline, timeline_of
+from megatron_lite.pipeline_parallel_config import SCHEDULES
 from megatron_lite.training.initialize import initialize_parallel_groups, training_device
 
 MODEL = (

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.pipeline_parallel.config import SCHEDULES
+from megatron_lite.pipeline_layout import V_SHAPED, even_layout
 from megatron_lite.pipeline_parallel.drawing import pipeline_svg
-from megatron_lite.pipeline_parallel.layout import V_SHAPED, even_layout
 from megatron_lite.pipeline_parallel.timeline import Timeline, pipeline_timeline
+from megatron_lite.pipeline_parallel_config import SCHEDULES
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,10 +15,10 @@ from pathlib import Path
 from megatron_lite.arguments import RunConfig, parse_args
 from megatron_lite.dry_run_memory import micro_batches
 from megatron_lite.errors import ConfigError, exit_with
-from megatron_lite.pipeline_parallel.config import SCHEDULES
+from megatron_lite.pipeline_layout import V_SHAPED, PipelineLayout
 from megatron_lite.pipeline_parallel.drawing import pipeline_svg
-from megatron_lite.pipeline_parallel.layout import V_SHAPED, PipelineLayout
 from megatron_lite.pipeline_parallel.timeline import Durations, Timeline, pipeline_timeline
+from megatron_lite.pipeline_parallel_config import SCHEDULES
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megatron_lite.arguments.convert import convert
 from megatron_lite.arguments.options import all_options
+from megatron_lite.value_parsing import convert
 
 Values = dict[str, tuple[Any, str]]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megatron_lite.arguments.checkpoint_settings import add_checkpoint_settings
-from megatron_lite.arguments.convert import NO, YES, convert, takes_many
 from megatron_lite.arguments.help import HelpAction
 from megatron_lite.arguments.huggingface_settings import add_huggingface_settings
 from megatron_lite.arguments.megatron_compat import (
@@ -24,6 +23,7 @@ from megatron_lite.arguments.origins import null_tokenizer_of_file
 from megatron_lite.arguments.run_config import GROUPS
 from megatron_lite.arguments.yaml_file import Entry, read_yaml
 from megatron_lite.errors import ConfigError
+from megatron_lite.value_parsing import NO, YES, convert, takes_many
 
 TITLES = {
     "transformer": "network size, precision and model parallelism",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_lite.arguments.run_config import RunConfig
-from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
+from megatron_lite.pipeline_parallel_config import SPLIT_BACKWARD
 
 
 def compilation_problems(run: RunConfig) -> Iterator[str]:

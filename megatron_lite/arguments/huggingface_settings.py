@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.arguments.convert import convert
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import RunConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.value_parsing import convert
 
 Values = dict[str, tuple[Any, str]]
 OF_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")

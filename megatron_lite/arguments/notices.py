@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from megatron_lite.arguments.run_config import RunConfig
-from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
+from megatron_lite.pipeline_parallel_config import SPLIT_BACKWARD
 from megatron_lite.transformer.attention_choices import cp_comm_type_of
 
 

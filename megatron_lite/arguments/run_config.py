@@ -12,7 +12,7 @@ from megatron_lite.datasets.config import DataConfig
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.optimizer.config import OptimizerConfig, SchedulerConfig
 from megatron_lite.tokenizers.config import TokenizerConfig
-from megatron_lite.training.config import (
+from megatron_lite.training_config import (
     DistributedInitConfig,
     LoggerConfig,
     ProfilingConfig,

@@ -4,7 +4,7 @@ from torch import nn
 
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint.agreement import world
-from megatron_lite.pipeline_parallel.config import PipelineConfig
+from megatron_lite.pipeline_parallel_config import PipelineConfig
 
 
 def current_layout(model: nn.Module) -> dict[str, int | str]:

@@ -13,8 +13,8 @@ from megatron_lite import parallel_state
 from megatron_lite.checkpoint.agreement import agreed, world
 from megatron_lite.checkpoint.errors import CheckpointError
 from megatron_lite.checkpoint.model_state import local_tensor, model_tensors
+from megatron_lite.distributed.tied_embeddings import tied_weights
 from megatron_lite.model_chunks import ModelChunks, as_chunks
-from megatron_lite.pipeline_parallel.tied_embeddings import tied_weights
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

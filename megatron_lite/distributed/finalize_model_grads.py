@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lite import parallel_state
+from megatron_lite.distributed.tied_embeddings import sum_tied_gradients
 from megatron_lite.model_chunks import ModelChunks, as_chunks
-from megatron_lite.pipeline_parallel.tied_embeddings import sum_tied_gradients
 from megatron_lite.process_groups import group_size
 from megatron_lite.tensor_parallel.parameters import local, named_parameter_specs
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.inference.sampling import SamplingConfig, sample
 from megatron_lite.models.gpt.gpt_model import GPTModel
+from megatron_lite.transformer.inference_context import InferenceContext
 
 
 @torch.inference_mode()

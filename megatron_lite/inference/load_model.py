@@ -7,7 +7,6 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from megatron_lite.arguments.convert import convert
 from megatron_lite.checkpoint import CheckpointError, find_checkpoint, load_weights, read_common, read_tracker
 from megatron_lite.checkpoint.conversion.architecture import architecture_of
 from megatron_lite.checkpoint.huggingface import load_huggingface
@@ -21,6 +20,7 @@ from megatron_lite.tokenizers import build_tokenizer
 from megatron_lite.tokenizers.config import TokenizerConfig
 from megatron_lite.tokenizers.megatron_tokenizer import MegatronTokenizer
 from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.value_parsing import convert
 
 C = TypeVar("C")
 _EMBEDDING = "model.embedding.word_embeddings.weight"

@@ -3,17 +3,11 @@
 from typing import TYPE_CHECKING
 
 from megatron_lite.lazy import names_from
+from megatron_lite.pipeline_layout import PipelineLayout, Stage
 
 if TYPE_CHECKING:
-    from megatron_lite.pipeline_parallel.layout import PipelineLayout, Stage
     from megatron_lite.pipeline_parallel.schedules import ForwardBackward, get_forward_backward_func
 
 __all__ = ["ForwardBackward", "PipelineLayout", "Stage", "get_forward_backward_func"]
 
-_HOMES = {
-    "ForwardBackward": "schedules",
-    "PipelineLayout": "layout",
-    "Stage": "layout",
-    "get_forward_backward_func": "schedules",
-}
-__getattr__ = names_from(__name__, _HOMES)
+__getattr__ = names_from(__name__, {"ForwardBackward": "schedules", "get_forward_backward_func": "schedules"})

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD, RECV_F, SEND_F, _Action
 
-from megatron_lite.pipeline_parallel.layout import PipelineLayout
+from megatron_lite.pipeline_layout import PipelineLayout
 
 Order = dict[int, list[_Action]]
 """The actions of each pipeline rank. One that torch calls OVERLAP_F_B holds two that may be done together."""

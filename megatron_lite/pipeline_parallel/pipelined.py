@@ -18,9 +18,9 @@ from torch.distributed.pipelining.schedules import _batch_p2p, _PipelineSchedule
 
 from megatron_lite.distributed.data_parallel import accumulate_gradients, begin_pipelined_step, reduce_gradients
 from megatron_lite.gradient_pass import computing_only
-from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
 from megatron_lite.pipeline_parallel.orders import Order, forward_actions, pipeline_order
 from megatron_lite.pipeline_parallel.schedules import ForwardStep, LossFunc, MicroBatch
+from megatron_lite.pipeline_parallel_config import SPLIT_BACKWARD
 from megatron_lite.transformer.transformer_config import TransformerConfig
 
 PREPARED = 8

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.pipeline_parallel.layout import PipelineLayout
+from megatron_lite.pipeline_layout import PipelineLayout
 from megatron_lite.pipeline_parallel.orders import Order, pipeline_order
 
 KINDS = {

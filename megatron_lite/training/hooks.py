@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.process_groups import computes_on_gpu
-from megatron_lite.training.config import ProfilingConfig, TrainingConfig
+from megatron_lite.training_config import ProfilingConfig, TrainingConfig
 
 # Events of the allocator that a memory snapshot holds, the last ones, of some KB each. A step of a large model
 # has tens of thousands; without a bound they pile up as long as they are recorded.

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_lite.training.config import TrainingConfig
+from megatron_lite.training_config import TrainingConfig
 
 
 class StopVote:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.training.config import LoggerConfig
 from megatron_lite.training.metrics import IterationRecord
 from megatron_lite.training.throughput import Throughput
+from megatron_lite.training_config import LoggerConfig
 
 
 def console_line(records: Sequence[IterationRecord], total_iterations: int, throughput: Throughput | None) -> str:

@@ -8,13 +8,13 @@ from torch.distributed import ProcessGroup
 
 from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection, group_size
 from megatron_lite.tensor_parallel.layers import RowParallelLinear
 from megatron_lite.tensor_parallel.random import checkpoint
 from megatron_lite.transformer.attention_choices import uses_rope
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
 from megatron_lite.transformer.enums import AttnMaskType
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.norms import build_norm
 from megatron_lite.transformer.qkv_projection import build_qkv_projection

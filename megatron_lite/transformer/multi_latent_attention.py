@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.context_parallel import PackedSeqParams
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection, group_size
 from megatron_lite.tensor_parallel.checkpoint_without_output import CheckpointWithoutOutput
 from megatron_lite.tensor_parallel.layers import ColumnParallelLinear
@@ -19,6 +18,7 @@ from megatron_lite.tensor_parallel.mappings import (
 from megatron_lite.tensor_parallel.replicated_linear import ReplicatedLinear
 from megatron_lite.transformer.attention import Attention
 from megatron_lite.transformer.enums import AttnMaskType
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.norms import LayerNorm, RMSNorm, build_norm
 from megatron_lite.transformer.rope import RotaryTables, YarnScaling, apply_rotary_pos_emb, yarn_temperature
 from megatron_lite.transformer.transformer_config import TransformerConfig

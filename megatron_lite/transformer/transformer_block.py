@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_lite.context_parallel import PackedSeqParams
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint
 from megatron_lite.transformer.activation_offload import run_offloaded
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.norms import build_norm
 from megatron_lite.transformer.rope import RotaryTables

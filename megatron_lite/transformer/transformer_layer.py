@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.context_parallel import PackedSeqParams
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.process_groups import ProcessGroupCollection
 from megatron_lite.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
 from megatron_lite.transformer.attention import Attention, SelfAttention
 from megatron_lite.transformer.fp8 import use_fp8
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.mlp import MLP
 from megatron_lite.transformer.module import MegatronModule
 from megatron_lite.transformer.moe.moe_config import is_moe_layer

@@ -16,9 +16,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_lite.context_parallel import attention as cp_attention
 from megatron_lite.context_parallel import block_attention, blocks
+from megatron_lite.distributed import tied_embeddings
 from megatron_lite.optimizer import clip_grads, optimizer
 from megatron_lite.parallel_state import get_group, get_pipeline_model_parallel_rank
-from megatron_lite.pipeline_parallel import pipelined, schedules, tied_embeddings
+from megatron_lite.pipeline_parallel import pipelined, schedules
 from megatron_lite.process_groups import group_rank, group_size
 from megatron_lite.tensor_parallel import collectives, layers, linear, mappings, parameters
 from megatron_lite.training import batches, step

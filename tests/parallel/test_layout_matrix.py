@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.pipeline_parallel.config import SCHEDULES, SPLIT_BACKWARD
+from megatron_lite.pipeline_parallel_config import SCHEDULES, SPLIT_BACKWARD
 from tests.conftest import MEASURED
 from tests.parallel.layout_table import TABLE, layout_table, row_name
 from tests.parallel.layouts import (

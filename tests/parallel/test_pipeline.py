@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lite import parallel_state
 from megatron_lite.checkpoint import CheckpointError, verify_replicas
 from megatron_lite.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron_lite.distributed.tied_embeddings import tied_weights
 from megatron_lite.errors import ConfigError
 from megatron_lite.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron_lite.pipeline_parallel import get_forward_backward_func, pipelined
-from megatron_lite.pipeline_parallel.tied_embeddings import tied_weights
 from megatron_lite.tensor_parallel.parameters import local
 from megatron_lite.training import step
 from megatron_lite.training.batches import PositionsOnly, names_read

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from megatron_lite.arguments import RunConfig, build_parser, build_run_config, parse_args, read_settings
-from megatron_lite.arguments.convert import convert, list_expression
 from megatron_lite.arguments.options import all_options
 from megatron_lite.arguments.run_config import GROUPS
 from megatron_lite.errors import ConfigError
+from megatron_lite.value_parsing import convert, list_expression
 
 SMALL = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --train-iters 10 "

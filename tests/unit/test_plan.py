@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.arguments import parse_args
-from megatron_lite.pipeline_parallel.layout import even_layout
+from megatron_lite.pipeline_layout import even_layout
 from megatron_lite.pipeline_parallel.orders import pipeline_order
 from megatron_lite.pipeline_parallel.timeline import Durations, pipeline_timeline
 from tools import draw_pipeline_schedules as drawing

@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 
 import torch
 
-from megatron_lite.arguments.convert import convert
 from megatron_lite.checkpoint.conversion.architecture import Architecture, Settings, architecture_of, grouped
 from megatron_lite.checkpoint.megatron.folder import MegatronCheckpoint
 from megatron_lite.checkpoint.model_settings import MEANING, SHAPES
@@ -16,6 +15,7 @@ from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.tokenizers import TokenizerConfig
 from megatron_lite.tokenizers.config import TOKENIZER_TYPES
 from megatron_lite.transformer.transformer_config import TransformerConfig
+from megatron_lite.value_parsing import convert
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 # Of a run's settings that describe no model, those that go with it.

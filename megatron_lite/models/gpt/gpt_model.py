@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from megatron_lite.context_parallel import PackedSeqParams
 from megatron_lite.errors import ConfigError
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.models.gpt.embedding import LanguageModelEmbedding
 from megatron_lite.models.gpt.future_tokens import FutureTokens
 from megatron_lite.models.gpt.gpt_config import POSITION_EMBEDDING_TYPES, GPTModelConfig
@@ -24,6 +23,7 @@ from megatron_lite.tensor_parallel.mappings import (
 )
 from megatron_lite.tensor_parallel.parameters import declare_parameter, local, named_parameter_specs
 from megatron_lite.transformer.dot_product_attention import DotProductAttention
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.module import MegatronModule, tensor_parallel_group
 from megatron_lite.transformer.multi_latent_attention import latent_softmax_scale
 from megatron_lite.transformer.multi_token_prediction import MultiTokenPredictionBlock

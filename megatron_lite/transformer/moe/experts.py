@@ -11,7 +11,7 @@ from megatron_lite.ops.fp8_grouped_linear import Fp8GroupedLinear
 from megatron_lite.ops.grouped_bias import add_grouped_bias
 from megatron_lite.ops.grouped_linear import Before, grouped_linear
 from megatron_lite.ops.swiglu import gates_then_ups
-from megatron_lite.pipeline_parallel.config import SPLIT_BACKWARD
+from megatron_lite.pipeline_parallel_config import SPLIT_BACKWARD
 from megatron_lite.process_groups import ProcessGroupCollection, group_rank, group_size
 from megatron_lite.tensor_parallel.layers import local_in_dtype
 from megatron_lite.tensor_parallel.parameters import create_expert_parameter

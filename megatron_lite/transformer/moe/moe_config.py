@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_lite.config_field import knob
 from megatron_lite.errors import ConfigError
-from megatron_lite.pipeline_parallel.config import PipelineConfig
+from megatron_lite.pipeline_parallel_config import PipelineConfig
 from megatron_lite.transformer.moe.moe_rules import moe_violations
 
 BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.pipeline_parallel.layout import PipelineLayout, Stage, even_layout, parse_layout
+from megatron_lite.pipeline_layout import PipelineLayout, Stage, even_layout, parse_layout
 
 
 def sizes(layout: PipelineLayout) -> list[int]:

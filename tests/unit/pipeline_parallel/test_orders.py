@@ -3,9 +3,9 @@
 import pytest
 from torch.distributed.pipelining.schedules import RECV_F, SEND_F, _Action, _ComputationType
 
-from megatron_lite.pipeline_parallel.config import SCHEDULES, SPLIT_BACKWARD
-from megatron_lite.pipeline_parallel.layout import V_SHAPED, PipelineLayout, even_layout
+from megatron_lite.pipeline_layout import V_SHAPED, PipelineLayout, even_layout
 from megatron_lite.pipeline_parallel.orders import Order, forward_actions, most_held, pipeline_order
+from megatron_lite.pipeline_parallel_config import SCHEDULES, SPLIT_BACKWARD
 
 CASES = [(schedule, 2) for schedule in SCHEDULES if schedule != "1f1b"]
 CASES += [("1f1b", 1), ("gpipe", 1), ("interleaved-zero-bubble", 1), ("interleaved", 3)]

@@ -6,8 +6,7 @@ import pytest
 from torch.distributed.pipelining.schedules import _Action
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.pipeline_parallel.config import SCHEDULES
-from megatron_lite.pipeline_parallel.layout import V_SHAPED, PipelineLayout, Stage, even_layout
+from megatron_lite.pipeline_layout import V_SHAPED, PipelineLayout, Stage, even_layout
 from megatron_lite.pipeline_parallel.timeline import (
     Durations,
     Timeline,
@@ -15,6 +14,7 @@ from megatron_lite.pipeline_parallel.timeline import (
     stage_times,
     timeline_of,
 )
+from megatron_lite.pipeline_parallel_config import SCHEDULES
 
 
 def equal_stages(schedule: str, ranks: int, chunks: int = 2) -> PipelineLayout:

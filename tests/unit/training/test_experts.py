@@ -9,13 +9,13 @@ from torch import nn
 
 from megatron_lite import parallel_state
 from megatron_lite.distributed import DistributedDataParallelConfig
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.inference.load_model import load_model
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.pipeline_parallel.pipelined import PipelinedForwardBackward
 from megatron_lite.training import setup, step, train
 from megatron_lite.training.metrics import IterationRecord
 from megatron_lite.training.writers import Writers, console_line
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.moe import auxiliary_losses
 from megatron_lite.transformer.moe.experts import GroupedMLP
 from megatron_lite.transformer.moe.statistics import routers_of

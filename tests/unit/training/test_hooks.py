@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.training import hooks
-from megatron_lite.training.config import ProfilingConfig, TrainingConfig
+from megatron_lite.training_config import ProfilingConfig, TrainingConfig
 
 
 @pytest.fixture

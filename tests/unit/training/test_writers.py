@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.training.config import LoggerConfig
 from megatron_lite.training.metrics import IterationRecord, MetricsBuffer
 from megatron_lite.training.throughput import Throughput
 from megatron_lite.training.writers import JsonLines, Writers, console_line, duration
+from megatron_lite.training_config import LoggerConfig
 
 
 def record(iteration: int, loss: float, **values: float) -> IterationRecord:

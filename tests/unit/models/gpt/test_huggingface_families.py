@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.models.gpt.gpt_config import GPTModelConfig
 from megatron_lite.models.gpt.gpt_model import GPTModel, build_gpt_model
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.moe.router import TopKRouter
 from megatron_lite.transformer.rope import RotaryEmbedding, YarnScaling
 from megatron_lite.transformer.transformer_config import TransformerConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_lite.errors import ConfigError
-from megatron_lite.inference.context import InferenceContext
+from megatron_lite.transformer.inference_context import InferenceContext
 from tests.unit.models.gpt.test_gpt_model import BATCH, LENGTH, VARIANTS, batch, build
 
 

@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor
 
 from megatron_lite import parallel_state
 from megatron_lite.errors import ConfigError
-from megatron_lite.inference.context import InferenceContext
 from megatron_lite.models.gpt.gpt_model import GPTModel
 from megatron_lite.tensor_parallel import local, model_parallel_cuda_manual_seed
 from megatron_lite.tensor_parallel.parameters import initialize_parameters, named_parameter_specs
+from megatron_lite.transformer.inference_context import InferenceContext
 from megatron_lite.transformer.transformer_config import TransformerConfig
 from tests.parallel.pool import WorkerPool
 from tests.requirements import needs_compiler

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_lite.config_field import knob
 from megatron_lite.errors import ConfigError
 from megatron_lite.model_parallel_config import ModelParallelConfig
-from megatron_lite.pipeline_parallel.layout import V_SHAPED, PipelineLayout, even_layout, parse_layout
+from megatron_lite.pipeline_layout import V_SHAPED, PipelineLayout, even_layout, parse_layout
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zbv", "dualpipev")
 SPLIT_BACKWARD = ("interleaved-zero-bubble", *V_SHAPED)
