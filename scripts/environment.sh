@@ -2,7 +2,7 @@
 #   PYTHON=         the interpreter to build it with (3.11 to 3.14; the first one found otherwise)
 #   VENV=           where it lives (default: .venv in the repository); reused when it is up to date.
 #                   VENV=active takes the Python on the PATH as it is, for containers that bring everything.
-#   TORCH_VERSION=  the torch to install (2.11.0 to 2.14.1)
+#   TORCH_VERSION=  the torch to install (2.13.0 to 2.14.1)
 
 # The version that continuous integration runs on; a looser choice may bring gigabytes of CUDA packages.
 TORCH_VERSION="${TORCH_VERSION:-2.13.0}"

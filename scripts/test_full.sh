@@ -11,7 +11,7 @@ cd "$REPO"
 FOLDER="$REPO/.full"
 mkdir -p "$FOLDER"
 PYTHONS=(3.11 3.12 3.13 3.14)
-TORCHES=(2.11.0 2.12.1 2.13.0 2.14.1)
+TORCHES=(2.13.0 2.14.1)
 PART=(tests/unit tests/parallel/test_tensor_parallel.py tests/parallel/test_data_parallel.py tests/parallel/test_pipeline.py
     tests/parallel/test_checkpoint.py tests/e2e/test_quickstart.py)
 TABLE=()

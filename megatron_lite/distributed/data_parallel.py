@@ -182,13 +182,8 @@ def reduce_gradients(model: nn.Module) -> None:
 
 def _states(model: nn.Module) -> list[tuple[Any, list[Any]]]:
     """FSDP2's state of each unit, with its groups of parameters. torch has no public way to reduce after backward."""
-    found = []
-    for unit in _units(model):
-        state: Any = unit._get_fsdp_state()
-        several = getattr(state, "_fsdp_param_groups", None)
-        groups = [state._fsdp_param_group] if several is None else several
-        found.append((state, [group for group in groups if group is not None]))
-    return found
+    states: list[Any] = [unit._get_fsdp_state() for unit in _units(model)]
+    return [(state, list(state._fsdp_param_groups)) for state in states]
 
 
 def reshard_parameters(model: nn.Module) -> None:

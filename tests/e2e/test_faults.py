@@ -1,4 +1,4 @@
-"""Runs in which a rank dies or hangs: they end with a report, and go on by themselves."""
+"""Runs in which a rank dies, hangs or is told to stop: they end with a report or a save, and go on by themselves."""
 
 import os
 import re
@@ -118,6 +118,7 @@ def torchrun(folder: Path, fault: str, *arguments: str, restarts: int = 0) -> su
     """Two ranks of pretrain_gpt.py with a fault, under torchrun."""
     script = broken_script(folder, fault)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher += ["--signals-to-handle=SIGTERM,SIGUSR1"]  # which torchrun hands on to its ranks
     return subprocess.run(
         [*launcher, f"--max-restarts={restarts}", str(script), *arguments],
         cwd=REPOSITORY,
@@ -149,6 +150,23 @@ def test_a_rank_that_hangs_is_found_and_the_run_ends(tmp_path):
     assert re.fullmatch(place + ", waiting for the group tp of ranks 0, 1", waiting[1]), waiting[1]
     assert re.search(r"^  rank 1: iteration 2, between steps, at training/train.py:\d+ \(train\)$", done.stdout, re.M)
     assert "exitcode  : 3" in done.stdout
+
+
+@pytest.mark.parametrize("sent", ["TERM", pytest.param("USR1", marks=pytest.mark.full)])
+def test_signals_save_and_exit(tmp_path, sent):
+    """To one rank of two, or to torchrun, which hands it on: both ranks finish their step, save, and leave.
+
+    Mutation: a vote without its all-reduce leaves the other rank in a collective of the next step.
+    """
+    to_torchrun = sent == "USR1"
+    target = "os.getppid()" if to_torchrun else "os.getpid()"
+    fault = f"(iteration, rank) == (4, 0) and os.kill({target}, signal.SIG{sent})"
+    arguments = [*TINY, "--train-iters", "100000", "--tensor-model-parallel-size", "2", "--exit-signal-handler"]
+    done = torchrun(tmp_path, fault, *arguments, "--save", str(tmp_path / "ckpt"), "--save-interval", "100000")
+    assert (done.returncode == 0) != to_torchrun, done.stdout[-3000:]
+    assert f"exiting program after receiving SIG{sent}" in done.stdout
+    tracker = int((tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= tracker < 100000
 
 
 @pytest.mark.full  # two nodes do the same, and more

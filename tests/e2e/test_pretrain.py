@@ -1,25 +1,18 @@
-"""pretrain_gpt.py from the command line: layouts agree, killed runs continue, runs stop when told to."""
+"""pretrain_gpt.py from the command line: layouts agree, killed runs continue."""
 
 import itertools
 import json
-import os
 import random
 import re
-import signal
-import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_lite.datasets.indexed_dataset import IndexedDatasetBuilder
 from tests.e2e.commands import (
-    REPOSITORY,
     TINY,
-    environment,
     pretrain,
-    pretrain_command,
     pretrain_until,
     training_metrics,
 )
@@ -243,33 +236,6 @@ def test_documents_over_context_parallel_ranks(tmp_path, flags):
         assert found == pytest.approx(wanted, rel=1e-9), f"iteration {iteration}"
     assert _losses(files["two"]) == pytest.approx(_losses(files["one"]), rel=1e-9)
     assert unmasked[0][1] != pytest.approx(one[0][1], rel=1e-6), "the masks change nothing in these data"
-
-
-@pytest.mark.parametrize("sent", ["TERM", pytest.param("USR1", marks=pytest.mark.full)])
-def test_signals_save_and_exit(tmp_path, sent):
-    """To one rank of two, or to torchrun, which hands it on: both ranks finish their step, save, and leave.
-
-    Mutation: a vote without its all-reduce leaves the other rank in a collective of the next step.
-    """
-    arguments = [*TINY, "--train-iters", "100000", "--tensor-model-parallel-size", "2", "--exit-signal-handler"]
-    command = pretrain_command(2, [*arguments, "--save", str(tmp_path / "ckpt"), "--save-interval", "100000"])
-    to_torchrun = sent == "USR1"
-    if to_torchrun:
-        command.insert(command.index("--standalone"), "--signals-to-handle=SIGTERM,SIGUSR1")
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "iteration        3/" in line:
-                workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                os.kill(process.pid if to_torchrun else int(workers[0]), getattr(signal, f"SIG{sent}"))
-        assert (process.wait(timeout=60) == 0) != to_torchrun, "".join(lines)[-3000:]
-    assert any(f"exiting program after receiving SIG{sent}" in line for line in lines)
-    tracker = int((tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text())
-    assert 3 <= tracker < 100000
 
 
 def test_log_line_and_files(tmp_path):
